@@ -1,0 +1,59 @@
+# Two commands: `make demo` trains and chats, `make test` checks everything. Both make .venv when it is missing.
+PYTHON ?= python3
+VENV   ?= .venv
+# More words for pip. Without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" spares gigabytes of CUDA.
+PIP_FLAGS ?=
+
+BIN   := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+FILES := $(shell sed -n 's/^demo_files *= *//p' settings.ini)
+CUDA  := $(shell command -v nvidia-smi 2>/dev/null)
+ENV    = PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(if $(CUDA),,DS_ACCELERATOR=cpu)
+PYTEST = $(ENV) OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+NBTEST = $(ENV) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n-workers 2
+
+.PHONY: help demo test test-all bench export notebooks readme lab
+.DEFAULT_GOAL := help
+
+help:            ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 20
+
+demo: $(STAMP)   ## real weights, real pictures: two stages of training, an evaluation and a chat, in runs/demo
+	$(ENV) $(BIN)/python -m llava_nb.demo
+
+test: $(STAMP)   ## the sync test, every notebook, every fast test
+	$(PYTEST) tests/test_sync.py
+	$(NBTEST)
+	$(PYTEST) tests --ignore tests/test_sync.py -m "not slow"
+
+test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with several ranks
+	$(PYTEST) tests/test_sync.py
+	$(NBTEST) --flags slow --cell-timeout 1200
+	$(PYTEST) tests --ignore tests/test_sync.py
+
+bench: $(STAMP)  ## time what is timed, one script after another
+	@for script in bench/*.py; do if [ -e "$$script" ]; then $(ENV) $(BIN)/python "$$script" || exit 1; fi; done
+
+export: $(STAMP) ## nbs/ to llava_nb/
+	$(BIN)/nbdev_export
+
+notebooks: export ## run every notebook and keep its outputs, then the README
+	$(NBTEST) --save
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/readme.py
+
+readme: $(STAMP) ## README.md from nbs/index.ipynb
+	$(BIN)/python tools/readme.py
+
+lab: $(STAMP)    ## the notebooks in JupyterLab
+	$(ENV) $(BIN)/jupyter lab --notebook-dir . nbs/index.ipynb
+
+# One install for all targets, done again only when one of these files changes.
+$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "llava_nb needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -1). Try: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "Installing into $(VENV) (some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps $(FILES)
+	@touch $(STAMP)

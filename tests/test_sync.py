@@ -1,0 +1,233 @@
+"""The notebooks are the source: the package, the README and the metadata must say what they say."""
+import ast
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+import llava_nb
+
+if sys.version_info >= (3, 11): import tomllib
+else: import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "llava_nb").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+IMPORT_NAMES = {"pillow": "PIL", "protobuf": "google"}       # where a requirement and its import differ
+NEVER = {"fastcore", "nbdev", "execnb", "IPython"}           # they change under patch releases; an exported module uses none of them
+KB = 1024
+
+by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+by_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+
+
+def settings() -> dict:
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return dict(config["DEFAULT"])
+
+
+def required() -> set[str]:
+    return {IMPORT_NAMES.get(name, name) for name in re.findall(r"(?:^|\s)([\w-]+)", settings()["requirements"])}
+
+
+def cells(path: Path, kind: str = "code") -> list[dict]:
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def source(cell: dict) -> str: return "".join(cell["source"])
+
+
+def outputs(path: Path) -> list[dict]: return [output for cell in cells(path) for output in cell["outputs"]]
+
+
+def files_under(folder: Path, pattern: str) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob(pattern)) if p.is_file() and "checkpoints" not in str(p)}
+
+
+def same(fresh: dict[str, bytes], kept: dict[str, bytes], remedy: str) -> None:
+    assert sorted(fresh) == sorted(kept), f"missing {sorted(set(fresh) - set(kept))}, stale {sorted(set(kept) - set(fresh))}: {remedy}"
+    changed = [name for name in fresh if fresh[name] != kept[name]]
+    assert not changed, f"{changed} differ: {remedy}"
+
+
+# Notebooks to package
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    "The repository as nbdev would write it, from the notebooks alone"
+    copy = tmp_path_factory.mktemp("export") / ROOT.name
+    shutil.copytree(ROOT / "nbs", copy / "nbs", ignore=shutil.ignore_patterns(".*", "_*"))
+    (copy / "llava_nb").mkdir()
+    for name in ("pyproject.toml", "settings.ini", "llava_nb/__init__.py"): shutil.copy(ROOT / name, copy / name)
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(copy)}   # nbdev exports nothing under IN_TEST
+    for module, command in (("doclinks", "nbdev_export"), ("clean", "nbdev_clean")):
+        code = f"import sys; sys.argv = ['{command}']; from nbdev.{module} import {command} as run; run()"
+        subprocess.run([sys.executable, "-c", code], cwd=copy, env=env, check=True, stdin=subprocess.DEVNULL)
+    return copy
+
+
+def test_package_is_what_the_notebooks_export(exported):
+    same(files_under(exported / "llava_nb", "*.py"), files_under(ROOT / "llava_nb", "*.py"), "edit the notebook, `make export`, delete stale modules")
+
+
+def test_notebooks_are_clean(exported):
+    same(files_under(exported / "nbs", "*.ipynb"), files_under(ROOT / "nbs", "*.ipynb"), "run `.venv/bin/nbdev_clean`")
+
+
+def test_readme_is_generated(tmp_path):
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "tools" / "readme.py")
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    readme.write(tmp_path)
+    for pattern in ("README.md", "docs/images/*"): same(files_under(tmp_path, pattern), files_under(ROOT, pattern), "run `make readme`")
+
+
+def test_readme_names_every_notebook():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [p.name for p in NOTEBOOKS if p.stem != "index" and f"(nbs/{p.name})" not in text], "run `make notebooks`"
+
+
+# Metadata
+
+
+def test_settings_pyproject_and_version_agree():
+    config, project = settings(), tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert config["version"] == llava_nb.__version__
+    assert config["description"].startswith(llava_nb.__doc__.strip(" .\n"))
+    assert config["lib_name"] == project["project"]["name"]
+    assert f">={config['min_python']}" == project["project"]["requires-python"]
+    assert {key: project["tool"]["nbdev"][key] for key in ("lib_path", "nbs_path", "tst_flags")} == {key: config[key] for key in ("lib_path", "nbs_path", "tst_flags")}
+
+
+def test_exact_pins_agree_with_the_constraints():
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
+    exact = re.findall(r"([\w-]+)==([\w.]+)", " ".join(settings()[key] for key in ("dev_requirements", "demo_requirements", "demo_files")))
+    assert exact and {name: pins.get(name) for name, _ in exact} == dict(exact)
+
+
+# Exported code
+
+
+def imports(tree: ast.AST) -> set[str]:
+    "The top-level packages that the nodes of `tree` import; relative imports are our own"
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0}
+    return {name.split(".")[0] for name in names}
+
+
+def at_import(tree: ast.Module) -> ast.Module:
+    "What runs when the module is imported: the top level without the bodies of functions"
+    return ast.Module([node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))], [])
+
+
+@by_module
+def test_module_imports_only_what_it_declares(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not imports(tree) & (NEVER - ({"IPython"} if path.stem == "viz" else set()))
+    top = imports(at_import(tree))
+    assert "matplotlib" not in top, "import matplotlib inside the function that draws"
+    undeclared = top - set(sys.stdlib_module_names) - required() - {"llava_nb"}
+    assert not undeclared, f"not in settings.ini's requirements: {undeclared}"
+
+
+@by_module
+def test_module_name_hides_no_other(path):
+    "Run as a file, llava_nb/ comes first on the path: a module there must not hide another package"
+    found = importlib.util.find_spec(path.stem) if path.stem not in sys.modules else None
+    assert path.stem not in set(sys.stdlib_module_names) | required() and (found is None or Path(found.origin or "").resolve().is_relative_to(ROOT / "tests"))
+
+
+def test_modules_import_alone_and_quietly():
+    "Each module with none of the others loaded; no environment, random state, thread count or figure style changes"
+    code = f"""
+import importlib, os, random, sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy, torch, transformers
+state = lambda: (dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), torch.get_default_dtype(), torch.get_num_threads())
+import deepspeed
+for name in {[p.stem for p in MODULES]!r}:
+    for loaded in [m for m in sys.modules if m.split('.')[0] == 'llava_nb']: del sys.modules[loaded]
+    before = state()
+    importlib.import_module(f'llava_nb.{{name}}')
+    assert state() == before, f'importing llava_nb.{{name}} changes global state'
+    unwanted = {sorted(NEVER)!r}
+    assert not set(unwanted) & set(sys.modules), f'importing llava_nb.{{name}} loads one of {{unwanted}}'
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_functions_are_short():
+    lengths = {f"{path.stem}.{node.name}": node.end_lineno - node.lineno + 1 for path in MODULES
+               for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    assert not {name: n for name, n in lengths.items() if n > 60}
+    assert statistics.median(lengths.values()) <= 10
+    assert sum(n <= 30 for n in lengths.values()) >= 0.9 * len(lengths), sorted(lengths, key=lengths.get)[-10:]
+
+
+# What a notebook looks like
+
+
+@by_notebook
+def test_notebook_begins_as_the_house_says(path):
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    assert first["cell_type"] == "markdown" and re.match(r"# .+\n\n?> .+", source(first)), "first cell: `# Title`, then `> one-line summary`"
+
+
+@by_notebook
+def test_imports_stand_in_cells_of_their_own(path):
+    "A build of the docs runs every cell that imports: it must find nothing else there"
+    for cell in (c for c in cells(path) if source(c).startswith("#| export")):
+        body = ast.parse(source(cell)).body
+        mixed = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in body}
+        run_as_file = any(isinstance(node, ast.If) for node in body)
+        assert len(mixed) < 2 or run_as_file, f"imports and other code in one cell:\n{source(cell)[:300]}"
+
+
+@by_notebook
+def test_notebook_shows_what_it_does(path):
+    shown = outputs(path)
+    assert shown, "no cell has an output: run `make notebooks`"
+    assert not [o for o in shown if o["output_type"] == "error"]
+    assert not [o for o in shown if o.get("name") == "stderr"], "warnings or a progress bar were kept"
+    text = json.dumps(shown)
+    assert not re.search(r"/tmp/|\\r|Warning:|it/s\]", text), "a temporary path, a warning or a progress bar was kept"
+
+
+@by_notebook
+def test_notebook_is_small(path):
+    assert path.stat().st_size <= 300 * KB
+
+
+def test_notebooks_are_small_together():
+    assert sum(path.stat().st_size for path in NOTEBOOKS) <= 4096 * KB
+
+
+# The project's text
+
+
+def project_files() -> list[Path]:
+    "Files that git tracks or would; without git, all but what .gitignore names"
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True) if shutil.which("git") else None
+    if listed and listed.returncode == 0: paths = [ROOT / name for name in listed.stdout.split("\0") if name]
+    else:
+        ignored = {".git", "__pycache__", "build", "dist", "runs", ".pytest_cache", ".ipynb_checkpoints", ".venv"}
+        paths = [p for p in ROOT.rglob("*") if not ignored & set(p.relative_to(ROOT).parts) and ".egg-info" not in str(p)]
+    return [p for p in paths if p.is_file() and (ROOT / "shared") not in p.parents]
+
+
+def test_no_file_names_a_machine():
+    places = re.compile("|".join(("/wo" + "rk/", "/ro" + "ot/", r"\.\./sha" + "red", "/tm" + "p/w", "/ho" + "me/")))
+    text = [p for p in project_files() if p.suffix not in {".zip", ".gz", ".png", ".webp", ".model", ".npz", ".safetensors"} and p.name != "tokenizer.json"]
+    named = {str(p.relative_to(ROOT)): places.search(p.read_text(encoding="utf-8", errors="ignore")) for p in text}
+    assert not {name: hit.group() for name, hit in named.items() if hit}
