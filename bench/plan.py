@@ -1,0 +1,140 @@
+"""Time the plan of one epoch of llava_v1_5_mix665k: 665,298 records, 8 ranks x 16, one core.
+
+    python bench/plan.py                  print the table
+    python bench/plan.py --sample PATH    draw the 8,192 lengths that ship in llava_nb/data/mix665k_sample.npz
+
+The numbers of records per source are the published ones. No length histogram is published, so the
+lengths are modelled: every record of a source draws its turns and its tokens from gamma
+distributions around the source's style, text-only ShareGPT from a log-normal one.
+"""
+import os
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # one core, before numpy and torch start their pools
+
+import argparse
+import platform
+import statistics
+import time
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from llava_nb.sampler import Plan, cut, waste
+
+SYSTEM, ROLES, IMAGE = 35, 9, 575   # system prompt; role words and EOS a turn; 576 features for one marker
+MAX_LENGTH = 2048
+
+
+class Source(NamedTuple):
+    name: str
+    records: int
+    turns: float        # mean question-answer pairs a record
+    turns_cv: float     # their coefficient of variation
+    tokens: float       # mean tokens a pair
+    tokens_cv: float
+    prompt: int         # tokens of the fixed answer-format prompt
+    per_word: float     # tokens a whitespace word: boxes are digits, prose is words
+    learned: float      # share of the text that an answer holds
+
+
+SOURCES = [
+    Source("vqav2", 82_783, 5.35, .25, 10, .35, 12, 1.3, .20),
+    Source("gqa", 72_140, 13.1, .35, 13, .20, 12, 1.3, .15),
+    Source("okvqa", 8_998, 1, 0, 12, .30, 12, 1.3, .20),
+    Source("ocrvqa", 80_000, 5, 0, 15, .35, 12, 1.4, .50),
+    Source("aokvqa", 66_160, 1, 0, 34, .30, 13, 1.4, .03),
+    Source("textcaps", 21_953, 1, 0, 60, .60, 15, 1.6, .25),
+    Source("refcoco", 48_447, 6.5, .40, 38, .15, 0, 3.0, .20),
+    Source("vg", 86_417, 9.5, .20, 41, .12, 0, 3.0, .50),
+    Source("llava_conversation", 57_600, 4.2, .30, 62, .30, 1, 1.3, .75),
+    Source("llava_detail", 23_240, 1, 0, 145, .30, 12, 1.3, .90),
+    Source("llava_reasoning", 76_872, 1, 0, 190, .30, 1, 1.3, .87),
+]
+SHAREGPT = 40_688
+
+
+def gamma(rng, mean, cv: float, size: int) -> np.ndarray:
+    "`size` gamma draws of the given mean and coefficient of variation."
+    return rng.gamma(cv ** -2, mean * cv ** 2, size) if cv else np.full(size, float(mean))
+
+
+def draw_source(rng, s: Source) -> dict[str, np.ndarray]:
+    "Unrounded lengths of one picture source."
+    turns = np.maximum(1, np.round(gamma(rng, s.turns, s.turns_cv, s.records)))
+    text = s.tokens * turns * gamma(rng, 1.0, s.tokens_cv / 2, s.records)
+    return dict(tokens=SYSTEM + s.prompt + text + ROLES * turns + IMAGE, words=(s.prompt + text) / s.per_word,
+                supervised=text * s.learned + turns)
+
+
+def draw_text(rng) -> dict[str, np.ndarray]:
+    "Unrounded lengths of the text-only source, ShareGPT."
+    tokens = np.clip(rng.lognormal(np.log(1150), .75, SHAREGPT), 40, MAX_LENGTH)
+    return dict(tokens=tokens, words=tokens / 1.35, supervised=tokens * .75)
+
+
+def draw(seed: int = 0) -> dict[str, np.ndarray]:
+    "The whole mixture, shuffled: `tokens`, `words`, `supervised` int64, `image` bool, `source` int8."
+    rng = np.random.default_rng(seed)
+    parts = [draw_source(rng, s) for s in SOURCES] + [draw_text(rng)]
+    source = np.repeat(np.arange(len(parts), dtype=np.int8), [len(p["tokens"]) for p in parts])
+    order = rng.permutation(len(source))
+    d = {k: np.round(np.concatenate([p[k] for p in parts])[order]) for k in parts[0]}
+    d["tokens"] = np.minimum(d["tokens"], MAX_LENGTH)
+    d["words"] = np.maximum(d["words"], 1)
+    d["supervised"] = np.clip(d["supervised"], 2, d["tokens"] - 1)
+    return {k: v.astype(np.int64) for k, v in d.items()} | dict(image=source[order] < len(SOURCES), source=source[order])
+
+
+def write_sample(path: str, n: int = 8192, seed: int = 0) -> None:
+    "Save the first `n` records of the shuffled mixture in small integers."
+    d = {k: v[:n] for k, v in draw(seed).items()}
+    small = {k: v.astype(np.int16) if v.dtype == np.int64 else v for k, v in d.items()}
+    note = (f"The first {n} of the 665,298 modelled record lengths of llava_v1_5_mix665k, shuffled with seed {seed}, "
+            "as bench/plan.py draws them: python bench/plan.py --sample PATH. Counts a source are published, lengths are modelled.")
+    np.savez_compressed(path, **small, sources=[s.name for s in SOURCES] + ["sharegpt"], note=note)
+
+
+def median_time(f, repeats: int) -> float:
+    "Median seconds of `f()`."
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def cpu_name() -> str:
+    "The processor's name where the system tells it."
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--sample", metavar="PATH", help="write the small sample to PATH and stop")
+    p.add_argument("--repeats", type=int, default=5)
+    args = p.parse_args()
+    if args.sample: return write_sample(args.sample)
+    torch.set_num_threads(1)
+    d = draw()
+    signed = np.where(d["image"], d["words"], -d["words"])
+    print(f"{len(signed):,} records, {d['tokens'].sum() / 1e6:.0f}M tokens, 8 ranks x 16, one thread, median of {args.repeats}")
+    print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n")
+    print(f"{'mode':<10}{'steps':>7}{'one step':>12}{'whole epoch':>14}{'padding':>10}{'+ waiting':>11}{'packed + waiting':>18}")
+    for mode in ("random", "compat", "modality"):
+        def plan(): return Plan(mode, d["tokens"], d["image"], signed, batch_size=16, world_size=8)
+        jump = median_time(lambda: plan().micro_batches(3000), args.repeats)
+        epoch = median_time(lambda: plan().order, args.repeats)
+        chunks = cut(plan().order, 16, 8)
+        pad, wait = waste(chunks, d["tokens"], 8)
+        packed = waste(chunks, d["tokens"], 8, packed=True)[1]
+        print(f"{mode:<10}{plan().steps:>7}{jump:>10.3f} s{epoch:>12.3f} s{pad:>10.1%}{wait:>11.1%}{packed:>18.1%}")
+    print("\none step: a new plan asked for the micro-batches of step 3000.  whole epoch: a new plan asked for every index in order.")
+
+
+if __name__ == "__main__":
+    main()

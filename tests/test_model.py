@@ -1,0 +1,189 @@
+"""Packing, objective, model and optimizer: what must not change when the layout, the cut or the tower does."""
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+
+from llava_nb.checkpoint import save_llava, save_projector
+from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, parts, projector_state, tiny_llava
+from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
+from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
+from llava_nb.optim import parameter_groups
+from llava_nb.packing import collate_packed, collate_padded, record_lengths
+
+SHAPE = (3, 56, 56)
+
+
+def siglip_qwen(tokenizer):
+    text = Qwen2Config(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, use_sliding_window=False)
+    vision = SiglipVisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
+    torch.manual_seed(0)
+    return build_llava(AutoModelForCausalLM.from_config(text), AutoModel.from_config(vision), tokenizer, select_strategy="full")
+
+
+MODELS = {"clip + llama": tiny_llava, "siglip + tied qwen2": siglip_qwen}
+
+
+@pytest.fixture(params=MODELS, scope="module")
+def model(request):
+    model = MODELS[request.param](tiny_tokenizer())
+    freeze(model, 2)
+    return model
+
+
+def sample(model, image: bool, words: int, seed: int) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    features = model.config.image_seq_length
+    ids = torch.cat([torch.full((features * image,), model.config.image_token_id), torch.randint(5, 2000, (words,), generator=g)])
+    labels = torch.where(torch.arange(len(ids)) >= len(ids) - max(1, words // 3), ids, IGNORE_INDEX)
+    return {"input_ids": ids, "labels": labels, "pixel_values": torch.randn(SHAPE, generator=g) if image else None}
+
+
+def samples(model, n: int = 6) -> list[dict]:
+    return [sample(model, k % 3 != 1, 5 + 7 * k, k) for k in range(n)]
+
+
+def loss_and_gradients(model, loss_of, *rows):
+    model.zero_grad()
+    total = sum(loss_of(model, row, model.config.llava_nb["text_vocab_size"], model.config.image_token_id) for row in rows)
+    total.backward()
+    return float(total.detach()), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(a, b, tolerance=1e-6):
+    assert a[0] == pytest.approx(b[0], abs=tolerance)
+    for name, g in a[1].items():
+        assert torch.allclose(g, b[1][name], atol=tolerance), name
+
+
+def test_packed_equals_padded(model):
+    pool = samples(model)
+    packed = loss_and_gradients(model, row_loss, collate_packed(pool, SHAPE))
+    padded = loss_and_gradients(model, padded_loss, collate_padded(pool, SHAPE))
+    assert_equal(packed, padded)
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_a_record_does_not_see_the_others(model, changed):
+    pool = samples(model, 4)
+    row = collate_packed(pool, SHAPE)
+    lengths = record_lengths(row["position_ids"])
+    other = dict(row, input_ids=row["input_ids"].clone(), pixel_values=row["pixel_values"].clone())
+    start = sum(lengths[:changed])
+    own = slice(start, start + lengths[changed])
+    words = other["input_ids"][0, own] != model.config.image_token_id
+    other["input_ids"][0, own][words] = 7
+    if pool[changed]["pixel_values"] is not None:
+        other["pixel_values"][sum(s["pixel_values"] is not None for s in pool[:changed])] += 1
+
+    def logits(r):
+        with torch.no_grad(): return model(input_ids=r["input_ids"], position_ids=r["position_ids"], pixel_values=r["pixel_values"], use_cache=False).logits[0]
+    before, after = logits(row).split(lengths), logits(other).split(lengths)
+    for k, (a, b) in enumerate(zip(before, after)):
+        assert torch.equal(a, b) == (k != changed)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_cut_of_a_global_batch_gives_the_same_gradient(objective):
+    model = tiny_llava(tiny_tokenizer()); freeze(model, 2)
+    pool = samples(model, 8)
+    counts = [int((s["labels"] != IGNORE_INDEX).sum()) for s in pool]
+    for s, w in zip(pool, itertools.chain(*token_weights(objective, [counts[:4], counts[4:]]))): s["weight"] = w
+    whole = loss_and_gradients(model, row_loss, collate_packed(pool, SHAPE))
+    cuts = {"1x4": [pool[i::4] for i in range(4)], "2x2": [pool[i:i + 2] for i in (0, 2, 4, 6)], "uneven": [pool[:1], pool[1:6], pool[6:]], "8": [[s] for s in pool]}
+    for cut in cuts.values():
+        assert_equal(loss_and_gradients(model, row_loss, *(collate_packed(c, SHAPE) for c in cut)), whole)
+    assert_equal(loss_and_gradients(model, padded_loss, *(collate_padded(c, SHAPE) for c in cuts["2x2"])), whole)
+
+
+def test_reference_weights_are_the_mean_of_micro_batch_means():
+    counts = [[3, 30], [5], []]
+    weights = token_weights("reference", counts)
+    assert weights == [[1 / 66, 1 / 66], [1 / 10], []]
+
+
+def test_the_image_row_stays_out_of_the_softmax(model):
+    row = collate_packed(samples(model, 3), SHAPE)
+    text_rows = model.config.llava_nb["text_vocab_size"]
+    before, _ = loss_and_gradients(model, row_loss, row)
+    head = model.get_output_embeddings().weight
+    saved = head.detach()[text_rows:].clone()
+    with torch.no_grad(): head[text_rows:] = 9.0
+    after, gradients = loss_and_gradients(model, row_loss, row)
+    with torch.no_grad(): head[text_rows:] = saved
+    if not model.config.tie_word_embeddings:
+        assert not gradients["lm_head.weight"][text_rows:].any()
+    assert before == after
+
+
+def test_a_row_without_pictures_gives_the_projector_an_exact_zero_gradient(model):
+    loss_and_gradients(model, row_loss, collate_packed([sample(model, False, 9, 1)], SHAPE))
+    assert all(p.grad is not None and not p.grad.any() for p in model.model.multi_modal_projector.parameters())
+
+
+def test_stage_1_trains_on_a_text_row_without_an_error():
+    model = tiny_llava(tiny_tokenizer()); freeze(model, 1)
+    loss = row_loss(model, collate_packed([sample(model, False, 9, 1)], SHAPE), 2048, model.config.image_token_id)
+    loss.backward()
+
+
+def test_frozen_tower_stays_in_eval_mode():
+    model = tiny_llava(tiny_tokenizer())
+    for stage in (1, 2):
+        freeze(model, stage); model.train()
+        assert not any(m.training for m in model.model.vision_tower.modules())
+        assert not any(p.requires_grad for p in parts(model)["vision tower"])
+        assert all(p.requires_grad for p in parts(model)["language model"]) == (stage == 2)
+
+
+def test_linear_projector_is_one_matrix_and_loads_in_plain_transformers(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = tiny_llava(tokenizer, projector_type="linear"); freeze(model, 2)
+    inside = model.model.multi_modal_projector
+    features = torch.randn(2, 16, 48)
+    assert torch.allclose(inside(features), inside.linear_1(features))
+    assert not inside.linear_2.weight.requires_grad and inside.linear_1.weight.requires_grad
+    model.save_pretrained(tmp_path)
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.allclose(plain.model.multi_modal_projector(features), inside(features))
+
+
+def test_projector_round_trip_and_refusal_with_both_shapes(tmp_path):
+    a, b = tiny_llava(tiny_tokenizer(), seed=1), tiny_llava(tiny_tokenizer(), seed=2)
+    save_projector(a, tmp_path)
+    load_projector(b, tmp_path)
+    assert all(torch.equal(x, y) for x, y in zip(projector_state(a).values(), projector_state(b).values()))
+    save_file({n: torch.zeros(3, 5) for n in projector_state(a)}, tmp_path / "projector.safetensors")
+    with pytest.raises(ValueError, match=r"\[3, 5\].*\[64, 48\]"): load_projector(b, tmp_path)
+    torch.save({"x": 1}, tmp_path / "mm_projector.bin")
+    with pytest.raises(ValueError, match="safetensors"): load_projector(b, tmp_path / "mm_projector.bin")
+    with pytest.raises(FileNotFoundError): load_projector(b, tmp_path / "nowhere")
+
+
+def test_saved_folder_round_trip(model, tmp_path):
+    from transformers import CLIPImageProcessorPil
+    tokenizer = tiny_tokenizer(); add_image_token(tokenizer)
+    model.config.llava_nb |= {"template": "v1", "image_aspect_ratio": "square"}
+    save_llava(model, tmp_path, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), max_shard_size="400KB")
+    again = load_llava(tmp_path)
+    row = collate_packed(samples(model, 3), SHAPE)
+    freeze(again, 2)
+    assert loss_and_gradients(again, row_loss, row)[0] == loss_and_gradients(model, row_loss, row)[0]
+    assert again.config.llava_nb["template"] == "v1"
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("projector_lr, expected", [(None, 2), (1e-4, 4), (0.0, 4)])
+def test_every_trainable_parameter_is_in_exactly_one_group(projector_lr, expected):
+    model = tiny_llava(tiny_tokenizer()); freeze(model, 2)
+    groups = parameter_groups(model, 2e-5, 0.1, projector_lr)
+    assert len(groups) == expected
+    ids = [id(p) for g in groups for p in g["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    names = {id(p): n for n, p in model.named_parameters()}
+    for g in groups:
+        for p in g["params"]:
+            assert (g["weight_decay"] == 0) == ("norm" in names[id(p)] or "bias" in names[id(p)])
+            assert g["lr"] == (projector_lr if projector_lr is not None and "projector" in names[id(p)] else 2e-5)

@@ -1,0 +1,166 @@
+"""Two ranks through the launcher and train.py: ZeRO-2 and ZeRO-3 train what one process trains, in either stage, stopped or not.
+
+The small run is made so that it holds every case that has broken LLaVA runs: steps in which one rank has pictures and the
+other has none (both ways round), steps without any picture, accumulation, four parameter groups with weight decay.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
+
+from llava_nb.checkpoint import save_llava
+from llava_nb.llava import load_llava, tiny_llava
+from llava_nb.masking import tiny_tokenizer
+from llava_nb.sampler import Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS, STEPS, TIMEOUT = 96, 20, 240
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Records, pictures and a llava-hf folder for a run."""
+    where = tmp_path_factory.mktemp("world")
+    rng, records = np.random.default_rng(0), []
+    for k in range(RECORDS):
+        words = " ".join(f"word{rng.integers(50)}" for _ in range(rng.integers(2, 12)))
+        record = {"id": str(k), "conversations": [{"from": "human", "value": f"What is {k}?"}, {"from": "gpt", "value": words}]}
+        if rng.random() < .35:
+            Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(where / f"{k}.png")
+            record["image"] = f"{k}.png"; record["conversations"][0]["value"] = "<image>\nWhat is this?"
+        records.append(record)
+    (where / "records.json").write_text(json.dumps(records))
+    tokenizer = tiny_tokenizer()
+    model = tiny_llava(tokenizer, seed=3)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    save_llava(model, where / "start", tokenizer, processor)
+    return where
+
+
+def config(world: Path, name: str, **changes) -> tuple[Path, dict]:
+    """A configuration file for the small run."""
+    settings = {
+        "model": str(world / "start"), "data_path": str(world / "records.json"), "image_folder": str(world), "output_dir": str(world / name),
+        "template": "v1", "image_aspect_ratio": "pad", "model_max_length": 256, "stage": 2, "sampler": "random", "max_steps": STEPS,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "projector_lr": 2e-4, "weight_decay": 0.1,
+        "save_strategy": "steps", "save_steps": 10, "report_to": "none", "dataloader_num_workers": 0, "disable_tqdm": True,
+    } | changes
+    file = world / f"{name}.json"
+    file.write_text(json.dumps(settings))
+    return file, settings
+
+
+def launch(file: Path, ranks: int, *flags: str) -> list[float]:
+    """Run train.py and return its losses. A hang is a failure, not a wait."""
+    bin_dir = Path(sys.executable).parent
+    command = [sys.executable] if ranks == 0 else [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+    if not torch.cuda.is_available(): env["DS_ACCELERATOR"] = "cpu"
+    done = subprocess.run([*command, str(ROOT / "llava_nb" / "train.py"), str(file), *flags], env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return losses(Path(json.loads(file.read_text())["output_dir"]))
+
+
+def losses(run: Path) -> list[float]:
+    newest = max(run.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return [h["loss"] for h in json.loads((newest / "trainer_state.json").read_text())["log_history"] if "loss" in h]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as f: found |= {k: f.get_tensor(k) for k in f.keys()}
+    return found
+
+
+def farthest(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys() and a
+    return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
+
+
+@pytest.fixture(scope="module")
+def single(world):
+    """One process without DeepSpeed over the same global batches."""
+    return launch(config(world, "single", gradient_accumulation_steps=4)[0], 0)
+
+
+@pytest.fixture(scope="module")
+def zero3(world):
+    return launch(config(world, "zero3", zero=3)[0], 2)
+
+
+def test_the_small_run_holds_every_case(world):
+    """Pictures on one rank only (both ways round), on both, on none, and whole steps without any."""
+    has_image = np.array(["image" in r for r in json.loads((world / "records.json").read_text())])
+    plan = Plan("random", np.ones(RECORDS, np.int64), has_image=has_image, batch_size=1, world_size=2, accumulation=2, seed=42)
+    chunks = [plan.micro_batches(step) for step in range(STEPS)]
+    micro_steps = {tuple(bool(has_image[c[2 * m + rank]].any()) for rank in (0, 1)) for c in chunks for m in (0, 1)}
+    assert micro_steps == {(True, False), (False, True), (False, False), (True, True)}
+    assert any(not has_image[np.concatenate(c)].any() for c in chunks[1:])
+
+
+def test_zero3_equals_one_process(world, single, zero3):
+    assert len(zero3) == STEPS and zero3 == pytest.approx(single, abs=1e-5)
+    assert farthest(weights(world / "single"), weights(world / "zero3")) < 1e-6
+
+
+def test_zero2_equals_one_process(world, single):
+    assert launch(config(world, "zero2", zero=2)[0], 2) == pytest.approx(single, abs=1e-5)
+    assert farthest(weights(world / "single"), weights(world / "zero2")) < 1e-6
+
+
+def test_zero3_resumes_with_equal_losses(world, zero3):
+    file, _ = config(world, "zero3", zero=3)
+    whole, exported = losses(world / "zero3"), weights(world / "zero3")
+    assert launch(file, 2, "--resume", str(world / "zero3" / "checkpoint-10")) == whole
+    assert farthest(exported, weights(world / "zero3")) == 0
+
+
+def test_zero3_exports_what_plain_transformers_loads(world, zero3):
+    """In a process that never imports llava_nb, with the logits of ours."""
+    code = f"""
+import json, sys, torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from PIL import Image
+model = LlavaForConditionalGeneration.from_pretrained({str(world / 'zero3')!r}).eval()
+processor = AutoProcessor.from_pretrained({str(world / 'zero3')!r}, backend="pil")
+inputs = processor(text="USER: <image>\\nWhat? ASSISTANT:", images=Image.new("RGB", (50, 70), "teal"), return_tensors="pt")
+torch.save([dict(inputs), model(**inputs).logits], {str(world / 'logits.pt')!r})
+assert not any("llava_nb" in m for m in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=world, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=TIMEOUT)
+    inputs, logits = torch.load(world / "logits.pt", weights_only=True)
+    ours = load_llava(world / "zero3").eval()
+    with torch.no_grad(): assert torch.equal(ours(**inputs).logits, logits)
+    assert ours.config.llava_nb["template"] == "v1" and ours.config.llava_nb["image_aspect_ratio"] == "pad"
+
+
+def test_stage_1_under_zero2_and_its_projector_in_stage_2(world):
+    """Stage 1 on two ranks, resumed with equal losses; its projector enters a partitioned stage 2."""
+    file, settings = config(world, "stage1", zero=2, stage=1, projector_lr=None, template="plain", data_path=str(captions(world)), image_aspect_ratio="square", learning_rate=1e-3)
+    whole = launch(file, 2)
+    folder = Path(settings["output_dir"])
+    assert (folder / "projector.safetensors").is_file() and not list(folder.glob("model*.safetensors"))
+    before = weights(folder)
+    assert launch(file, 2, "--resume", str(folder / "checkpoint-10")) == whole
+    assert farthest(before, weights(folder)) == 0
+    assert (folder / "checkpoint-10" / "global_step10" / "mp_rank_00_model_states.pt").stat().st_size < 200_000     # the frozen model is not in it
+    stage2, _ = config(world, "stage2", zero=3, projector=str(folder), max_steps=1, learning_rate=0.0, projector_lr=0.0, weight_decay=0.0, save_steps=1)
+    launch(stage2, 2)
+    after = {k.removeprefix("multi_modal_projector."): v for k, v in weights(world / "stage2").items() if "multi_modal_projector" in k}
+    assert farthest(before, after) == 0
+
+
+def captions(world: Path) -> Path:
+    records = json.loads((world / "records.json").read_text())
+    kept = [{"id": r["id"], "image": r["image"], "conversations": [{"from": "human", "value": "<image>"}, r["conversations"][1]]} for r in records if "image" in r]
+    (world / "captions.json").write_text(json.dumps(kept))
+    return world / "captions.json"
