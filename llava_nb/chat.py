@@ -6,7 +6,7 @@
 __all__ = ['next_token', 'common_prefix', 'evaluating', 'Reader', 'visible', 'stops', 'human_turn', 'Prompter', 'Chat',
            'whole_models', 'check_folder', 'load_for_chat', 'main']
 
-# %% ../nbs/40_chat.ipynb #7d68065b
+# %% ../nbs/40_chat.ipynb #ef534a0d
 import argparse
 import contextlib
 import sys
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (AutoTokenizer, DynamicCache, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration,
                           PreTrainedTokenizerBase)
 
 from .checkpoint import unsayable
-from .conversation import IMAGE_TOKEN, get_template
+from .conversation import IMAGE_TOKEN, get_template, normalise
 from .imageproc import ImageTransform
 from .llava import PROJECTOR_FILE, load_llava
 from .masking import Encoded, Encoder
@@ -116,15 +117,17 @@ def stops(
     if stop not in tokenizer.all_special_tokens + list(tokenizer.get_added_vocab()): return ids, stop
     return ids | {tokenizer.convert_tokens_to_ids(stop)}, ""
 
-# %% ../nbs/40_chat.ipynb #84c09320
+# %% ../nbs/40_chat.ipynb #63189ce1
 def human_turn(text: str, has_image: bool) -> dict[str, str]:
     "A question, as a record would have it."
     count = text.count(IMAGE_TOKEN)
     if count > has_image:
         raise ValueError(f"the text holds {count} {IMAGE_TOKEN} and {'one picture' if has_image else 'no picture'} was given: "
                          f"give a picture as `image`, and leave {IMAGE_TOKEN} out of the text")
-    text = text.replace(IMAGE_TOKEN, "").strip()
-    return {"from": "human", "value": f"{IMAGE_TOKEN}\n{text}" if has_image else text}
+    if not (text.strip() or has_image): raise ValueError("the question is empty: ask something, or show a picture")
+    asked = {"from": "human", "value": text.strip() if IMAGE_TOKEN in text or not has_image else f"{IMAGE_TOKEN}\n{text}"}
+    record = {"conversations": [asked, {"from": "gpt", "value": "an answer"}]}
+    return normalise(record | {"image": "given"} if has_image else record)[0]
 
 class Prompter:
     "Turns to ids, as in training; pictures to pixels."
@@ -145,11 +148,14 @@ class Prompter:
     def __call__(self, turns: Sequence[dict[str, str]]) -> Encoded:
         "The ids of a conversation that waits for its next answer."
         encoded = self.encoder(self.template.prompt(list(turns)))
+        pictures = sum(bool(t.get("image")) for t in turns)
+        if len(encoded.image_spans) != pictures:
+            raise ValueError(f"template {self.template.name!r} shows {len(encoded.image_spans)} pictures and {pictures} were given: it is for one picture with no question")
         if len(encoded.input_ids) < self.context: return encoded
-        raise ValueError(f"the conversation takes {len(encoded.input_ids):,} tokens ({len(encoded.image_spans)} pictures of {self.image_seq_len} among them) "
+        raise ValueError(f"the conversation takes {len(encoded.input_ids):,} tokens ({pictures} pictures of {self.image_seq_len} among them) "
                          f"and the model's context ends at {self.context:,}: ask less at once, or begin anew with reset()")
 
-# %% ../nbs/40_chat.ipynb #a9f704a3
+# %% ../nbs/40_chat.ipynb #070c5454
 class Chat:
     "A conversation about pictures with a trained model."
     def __init__(self,
@@ -178,7 +184,8 @@ class Chat:
     ) -> str | Iterator[str]:        # the answer, or its pieces
         "Ask, and get the answer."
         turns = [*self.history, human_turn(text, image is not None)]
-        images = [*self.images, *([] if image is None else [self.prompter.transform(image)])]
+        if image is not None: image = self.prompter.transform(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        images = self.images if image is None else [*self.images, image]
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         choose = lambda logits: next_token(logits, self.banned, temperature, generator)
         pieces = _pieces(self, turns, images, self.prompter(turns), max_new_tokens, choose)

@@ -173,6 +173,8 @@ def test_the_model_s_training_mode_is_put_back(parts):
 @pytest.mark.parametrize("text,image,message", [
     ("<image> What?", None, "1 <image> and no picture was given"),
     ("<image> or <image>?", 0, "2 <image> and one picture was given"),
+    ("  ", None, "the question is empty"),
+    ("a \ufdd0 b", None, r"holds U\+FDD0"),
     ("why? " * 3000, None, r"takes [\d,]+ tokens .*context ends at 2,048"),
 ])
 def test_questions_that_cannot_be_asked(chat, text, image, message):
@@ -203,6 +205,21 @@ def test_plain_ends_at_a_newline(parts):
     old, module.next_token = module.next_token, lambda *args: next(ids)
     try: assert chat.ask("", picture(0)) == "a cat"
     finally: module.next_token = old
+
+
+def test_plain_takes_one_picture(parts):
+    with pytest.raises(ValueError, match="template 'plain' shows 1 pictures and 0 were given"): Chat(*parts, template="plain").ask("What?")
+
+
+def test_a_picture_of_any_mode(parts):
+    rgb = Chat(*parts).ask(QUESTIONS[0], picture(0), max_new_tokens=6)
+    assert Chat(*parts).ask(QUESTIONS[0], picture(0).convert("RGBA"), max_new_tokens=6) == rgb
+    Chat(*parts).ask(QUESTIONS[0], picture(0).convert("L"), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("text", ["<image>\nWhat?", "What? <image>", "What?"])
+def test_the_picture_s_place_in_the_text_does_not_matter(text):
+    assert human_turn(text, True) == {"from": "human", "value": "<image>\nWhat?", "image": True}
 
 
 def test_half_characters_wait(parts):
