@@ -24,18 +24,21 @@ STYLE = {
     "axes.grid": True, "grid.color": "#e6e6e6", "xtick.color": "#555555", "ytick.color": "#555555", "legend.frameon": False,
 }
 
-# %% ../nbs/01_viz.ipynb #dd7192ad
+# %% ../nbs/01_viz.ipynb #6bf5a380
 def style() -> AbstractContextManager:
     "A context in which figures take this kit's look; what was set before comes back on leaving it"
-    import matplotlib
     import matplotlib.style
+    return matplotlib.style.context(_sheets())
+
+def _sheets() -> list:
     from cycler import cycler
-    return matplotlib.style.context(["default", STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}])
+    return ["default", STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}]
 
 
 def setup() -> None:
     "Call once at the top of a notebook that draws: this kit's look, 96 dots an inch, the same bytes every time"
-    style().__enter__()          # for the whole notebook; it begins from matplotlib's defaults, so a second call changes nothing
+    import matplotlib.style
+    matplotlib.style.use(_sheets())      # begins from matplotlib's defaults, so a second call changes nothing
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is not None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil
 
 from llava_nb.conversation import Segment, get_template, normalise
 from llava_nb.imageproc import ImageTransform
-from llava_nb.masking import IGNORE_INDEX, Encoder
+from llava_nb.masking import Encoder
 
 IMAGE, FEATURES = -200, 3
 RECORDS = conversations()
