@@ -28,7 +28,7 @@ test: $(STAMP)   ## the sync test, every notebook, every fast test
 
 test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with several ranks
 	$(PYTEST) tests/test_sync.py
-	$(NBTEST) --flags slow --cell-timeout 1200
+	$(NBTEST) --flags slow --cell-timeout 2400
 	$(PYTEST) tests --ignore tests/test_sync.py
 
 bench: $(STAMP)  ## time what is timed, one script after another

@@ -354,6 +354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llava_nb.trainer.LlavaTrainer.get_train_dataloader': ( 'trainer.html#llavatrainer.get_train_dataloader',
                                                                                           'llava_nb/trainer.py'),
                                   'llava_nb.trainer.LlavaTrainer.log': ('trainer.html#llavatrainer.log', 'llava_nb/trainer.py'),
+                                  'llava_nb.trainer.LlavaTrainer.prediction_step': ( 'trainer.html#llavatrainer.prediction_step',
+                                                                                     'llava_nb/trainer.py'),
                                   'llava_nb.trainer.LlavaTrainer.save_model': ( 'trainer.html#llavatrainer.save_model',
                                                                                 'llava_nb/trainer.py'),
                                   'llava_nb.trainer.LlavaTrainingArguments': ('trainer.html#llavatrainingarguments', 'llava_nb/trainer.py'),

@@ -202,7 +202,7 @@ def read_projector(
         raise ValueError(f"{path}: holds no projector (no `{PREFIX}*` tensor)")
     return found
 
-# %% ../nbs/21_llava.ipynb #d23b6bcf
+# %% ../nbs/21_llava.ipynb #a15b7f67
 def full_shape(
     p: torch.Tensor, # a parameter, partitioned by ZeRO-3 or not
 ) -> tuple[int, ...]:
@@ -218,8 +218,8 @@ def gathered(
     if not any(hasattr(p, "ds_id") for p in params):
         yield
         return
-    from deepspeed.zero import GatheredParameters   # only a partitioned run needs it
-    with GatheredParameters(params, modifier_rank=0 if write else None):
+    import deepspeed                                # only a partitioned run needs it
+    with deepspeed.zero.GatheredParameters(params, modifier_rank=0 if write else None):
         yield
 
 def load_projector(

@@ -84,7 +84,7 @@ class WeightedDataset(Dataset):
     def __len__(self) -> int: return len(self.dataset)
     def __getitem__(self, item: tuple[int, float]) -> dict: return self.dataset[item[0]] | {"weight": item[1]}
 
-# %% ../nbs/33_trainer.ipynb #e5c594c9
+# %% ../nbs/33_trainer.ipynb #b9db5e58
 class LlavaTrainer(Trainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
@@ -139,6 +139,11 @@ class LlavaTrainer(Trainer):
             self.tokens_seen += inputs["input_ids"].numel()
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
+        "The loss of one held-out row, its learned tokens weighing the same."
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         "Add real tokens a second, over all ranks, to every logged step."
