@@ -5,6 +5,7 @@ other has none (both ways round), steps without any picture, accumulation, four 
 """
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -61,12 +62,18 @@ def config(world: Path, name: str, **changes) -> tuple[Path, dict]:
 def launch(file: Path, ranks: int, *flags: str) -> list[float]:
     """Run train.py and return its losses. A hang is a failure, not a wait."""
     bin_dir = Path(sys.executable).parent
-    command = [sys.executable] if ranks == 0 else [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks)]
+    command = [sys.executable] if ranks == 0 else [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
     if not torch.cuda.is_available(): env["DS_ACCELERATOR"] = "cpu"
     done = subprocess.run([*command, str(ROOT / "llava_nb" / "train.py"), str(file), *flags], env=env, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return losses(Path(json.loads(file.read_text())["output_dir"]))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def losses(run: Path) -> list[float]:

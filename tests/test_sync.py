@@ -154,7 +154,7 @@ import importlib, os, random, sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy, torch, transformers
 state = lambda: (dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), torch.get_default_dtype(), torch.get_num_threads())
-import deepspeed
+import deepspeed, transformers.trainer, transformers.models.llava.modeling_llava   # torch sets a cache directory when these are first imported
 for name in {[p.stem for p in MODULES]!r}:
     for loaded in [m for m in sys.modules if m.split('.')[0] == 'llava_nb']: del sys.modules[loaded]
     before = state()

@@ -1,0 +1,75 @@
+"""Settings that once got through: each is one line and exit code 2 before anything is built, or means what the reference means."""
+import json
+
+import pytest
+
+from llava_nb import config, train
+from llava_nb.masking import tiny_tokenizer
+
+PARTS = {"language_model": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "projector": "random"}
+REFERENCE = {"model_name_or_path": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "pretrain_mm_mlp_adapter": "out/mm_projector.bin", "version": "v1"}
+TEXT = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+PICTURE = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
+
+
+def written(folder, settings: dict) -> str:
+    (folder / "run.json").write_text(json.dumps(settings))
+    return str(folder / "run.json")
+
+
+WRONG = {
+    "takes one value": {"learning_rate": [1e-5, 2e-5]}, "not its content": {"deepspeed": {"zero_optimization": {"stage": 2}}}, "needs `zero`": {"offload": True},
+    "per_device_train_batch_size 0": {"per_device_train_batch_size": 0}, "gradient_accumulation_steps 0": {"gradient_accumulation_steps": 0}, "threads 0": {"threads": 0},
+    "no room for text": {"model_max_length": 576}, "no such hidden state": {"vision_feature_layer": 99}, "samplers of its own": {"group_by_length": True},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_setting_is_refused_in_a_dry_run_too(message, tmp_path, capsys):
+    assert train.main([written(tmp_path, PARTS | WRONG[message]), "--dry_run"]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_zero_and_a_deepspeed_file_exclude_each_other_and_offload_is_named(tmp_path, capsys):
+    for name, content, message in (("ds.json", {}, "either `zero` or"), ("zero3_offload.json", {"optimizer": {}}, "--zero 3 --offload True")):
+        (tmp_path / name).write_text(json.dumps(content))
+        more = {"zero": 3} if name == "ds.json" else {}
+        assert train.main([written(tmp_path, PARTS | more | {"deepspeed": str(tmp_path / name)}), "--dry_run"]) == 2 and message in capsys.readouterr().err
+
+
+def test_a_projector_that_cannot_be_read_is_found_before_anything_is_built(tmp_path):
+    (tmp_path / "mm_projector.bin").write_bytes(b"x")
+    for projector, message in ((tmp_path / "mm_projector.bin", "not safetensors"), (tmp_path, "holds no projector")):
+        model = config.ModelConfig(**PARTS | {"projector": str(projector)})
+        with pytest.raises((ValueError, OSError), match=message): config.check(model, config.DataConfig(data_path=__file__), 2)
+
+
+def test_a_command_in_the_reference_s_names_gets_the_reference_s_defaults(tmp_path):
+    run = train.parse([written(tmp_path, REFERENCE), "--dry_run"])
+    assert (run.settings["sampler"], run.data.image_aspect_ratio, run.model.projector) == ("random", "square", "out")
+    assert train.parse([written(tmp_path, REFERENCE | {"group_by_modality_length": True, "image_aspect_ratio": "pad"}), "--dry_run"]).settings["sampler"] == "modality"
+    assert train.parse([written(tmp_path, PARTS), "--dry_run"]).data.image_aspect_ratio == "pad"
+
+
+def test_a_file_with_a_byte_order_mark_and_null_values(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(PARTS | {"deepspeed": None, "dry_run": True}), encoding="utf-8-sig")
+    assert train.parse([str(tmp_path / "run.json")]).run.dry_run
+
+
+def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, monkeypatch):
+    """Ten pictures and ten texts in steps of eight: two of each, not three in all."""
+    (tmp_path / "r.json").write_text(json.dumps([PICTURE, TEXT] * 10))
+    tokenizer = tiny_tokenizer()
+    argv = [written(tmp_path, PARTS | {"data_path": str(tmp_path / "r.json"), "per_device_train_batch_size": 8, "num_train_epochs": 1}), "--dry_run"]
+    monkeypatch.setattr(train.transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
+    assert train.main(argv) == 0
+    out = capsys.readouterr().out
+    encoder, template = train.masking.Encoder(tokenizer, len(tokenizer), 576, 2048), train.conversation.get_template("v1")
+    mean = sum(len(train.records.encode(r, template, encoder).input_ids) for r in (PICTURE, TEXT)) / 2
+    assert "4 of 8 records" in out and f"20 records, {mean:,.0f} tokens each (records counted, tokens counted on 20" in out
+
+
+def test_a_reporter_that_is_not_installed_is_a_note():
+    notes = []
+    assert train._reporters("nowhere", notes) == "none" and len(notes) == 1 and train._reporters(None, notes) == "none" and train._reporters("tensorboard", notes) == "tensorboard"

@@ -1,0 +1,50 @@
+"""DeepSpeed's configuration: the reference's settings, explicit clipping, nothing that replaces optimizer or schedule."""
+import json
+
+import pytest
+
+from llava_nb.trainer import LlavaTrainingArguments
+from llava_nb.zero import bytes_per_rank, deepspeed_config, read_deepspeed_config
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("offload", [False, True])
+def test_offload_moves_memory_and_changes_nothing_else(stage, offload):
+    config = deepspeed_config(stage, max_grad_norm=0.5, offload=offload)
+    assert "optimizer" not in config and "scheduler" not in config and config["gradient_clipping"] == 0.5
+    assert config["zero_force_ds_cpu_optimizer"] is False               # or accelerate would swap in another Adam
+    zero = config["zero_optimization"]
+    assert ("offload_optimizer" in zero) == offload and ("offload_param" in zero) == (offload and stage == 3)
+    kept = {k: v for k, v in zero.items() if not k.startswith("offload")}
+    assert kept == deepspeed_config(stage)["zero_optimization"]
+
+
+def test_settings_are_the_references():
+    zero = deepspeed_config(3)["zero_optimization"]
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True and zero["overlap_comm"] and zero["contiguous_gradients"]
+    assert (zero["sub_group_size"], zero["stage3_max_live_parameters"], zero["stage3_max_reuse_distance"]) == (10**9,) * 3
+    assert {zero[k] for k in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")} == {"auto"}
+
+
+def test_clipping_is_explicit_and_none_by_default(tmp_path):
+    assert deepspeed_config(2)["gradient_clipping"] == 0.0 == LlavaTrainingArguments(output_dir=tmp_path).max_grad_norm
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert read_deepspeed_config(tmp_path / "zero.json")["gradient_clipping"] == 0.0
+    (tmp_path / "zero.json").write_text(json.dumps({"gradient_clipping": 0.3}))
+    assert read_deepspeed_config(tmp_path / "zero.json", 1.0)["gradient_clipping"] == 0.3
+
+
+@pytest.mark.parametrize("key", ["optimizer", "scheduler"])
+def test_a_file_that_replaces_optimizer_or_schedule_is_refused(tmp_path, key):
+    (tmp_path / "zero.json").write_text(json.dumps({key: {"type": "x"}}))
+    with pytest.raises(ValueError, match=f"zero.json: the key '{key}'"): read_deepspeed_config(tmp_path / "zero.json")
+
+
+def test_sampler_follows_the_stage(tmp_path):
+    assert LlavaTrainingArguments(output_dir=tmp_path, stage=1).sampler == "random" and LlavaTrainingArguments(output_dir=tmp_path, stage=2).sampler == "modality"
+
+
+def test_bytes_add_up():
+    whole = bytes_per_rank(7e9, 0, 1, 0)
+    assert sum(whole.values()) == 16 * 7e9
+    assert sum(bytes_per_rank(7e9, 0, 8, 3).values()) == 2 * 7e9
