@@ -142,7 +142,7 @@ class Asker:
         answers = {"name": thing.name, "category": thing.group}
         return question(type, answers[type] if type in answers else colour_of(self.emoji.picture(thing, style)))
 
-# %% ../nbs/60_demo.ipynb #b7badb28
+# %% ../nbs/60_demo.ipynb #9ee967e2
 class Writer:
     "Writes pictures and LLaVA records into a folder."
     def __init__(self, folder: Path, asker: Asker):
@@ -166,17 +166,17 @@ class Writer:
 
     def caption(self, thing: Thing, style: str) -> dict:
         "A stage 1 record."
-        return self.record(f"{style}-{thing.code}", self.single(thing, style), [("", thing.name)])
+        says = f"{thing.name}, {colour_of(self.emoji.picture(thing, style))} {thing.group}"
+        return self.record(f"{style}-{thing.code}", self.single(thing, style), [("", says)])
 
     def conversation(self, id: str, thing: Thing, style: str) -> dict:
         "A stage 2 record: one drawing, composed ones, or none."
         rng, ask = self.asker.rng, self.asker.about
         draw = rng.random()
         if draw < 1 / 16: return self.record(id, None, self._text_only(thing))
-        if draw < .16: return self._counting(id, thing, style)
-        if draw < .28: return self._sides(id, thing, style)
-        types = ["name", "yes/no", "yes/no", rng.choice(("category", "colour"))]
-        rng.shuffle(types)
+        if draw < .14: return self._counting(id, thing, style)
+        if draw < .22: return self._sides(id, thing, style)
+        types = ["name", "category", "colour"] if draw < .61 else ["yes/no", "yes/no", "yes/no", rng.choice(("category", "colour"))]
         return self.record(id, self.single(thing, style), [ask(t, thing, style) for t in types])
 
     def _text_only(self, thing: Thing) -> list[tuple[str, str]]:
@@ -186,8 +186,7 @@ class Writer:
     def _counting(self, id: str, thing: Thing, style: str, **more) -> dict:
         n = self.asker.rng.randint(1, 5)
         image = self._save(several(self.emoji.picture(thing, style), n, self.asker.rng), f"count-{id}.png")
-        turns = [question("count", str(n))]
-        return self.record(id, image, turns if more else turns + [self.asker.about("yes/no", thing, style)], **more)
+        return self.record(id, image, [question("count", str(n))], **more)
 
     def _sides(self, id: str, thing: Thing, style: str, **more) -> dict:
         other, rng = self.asker.rng.choice([t for t in self.asker.things if t is not thing]), self.asker.rng
@@ -260,12 +259,12 @@ def tower_from_wheel(
     efficientnet.from_wheel().save_pretrained(folder)
     efficientnet.image_processor().save_pretrained(folder)
 
-# %% ../nbs/60_demo.ipynb #9e482107
-STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 1e-3, "warmup_steps": 0.1}
+# %% ../nbs/60_demo.ipynb #3c7a716c
+STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 2e-3, "warmup_steps": 0.05}
 STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 2e-4, "projector_lr": 5e-4, "warmup_steps": 0.05}
-COMMON = {"bf16": True, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0, "model_max_length": 512, "seed": 42, "num_train_epochs": 1000,
+COMMON = {"bf16": True, "max_grad_norm": 1.0, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0, "model_max_length": 512, "seed": 42, "num_train_epochs": 1000,
           "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-BATCH = 16       # records a step
+BATCH = {1: 4, 2: 8}     # records a step, by stage
 
 @dataclass(frozen=True)
 class Layout:
@@ -275,7 +274,7 @@ class Layout:
 
 def layouts() -> list[Layout]:
     "What a trial may choose from."
-    if torch.cuda.is_available(): return [Layout(min(torch.cuda.device_count(), BATCH), 4)]
+    if torch.cuda.is_available(): return [Layout(min(torch.cuda.device_count(), BATCH[1]), 4)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [Layout(1, cores)] + ([Layout(cores, 1)] if cores in (2, 4) else [])
 
@@ -288,7 +287,7 @@ def launch(
     "Train one stage by `deepspeed llava_nb/train.py CONFIG.json`."
     out.mkdir(parents=True, exist_ok=True)
     file = out / "train.json"
-    settings = settings | {"output_dir": str(out), "per_device_train_batch_size": BATCH // layout.ranks}
+    settings = settings | {"output_dir": str(out), "per_device_train_batch_size": BATCH[settings["stage"]] // layout.ranks}
     if not torch.cuda.is_available(): settings["threads"] = layout.threads
     if quiet: settings["disable_tqdm"] = True
     file.write_text(json.dumps(settings, indent=2))
@@ -301,7 +300,7 @@ def launch(
     if done.returncode: raise RuntimeError(f"training ended with code {done.returncode}" + (f"; see {out / 'output.log'}" if quiet else ""))
     return [h for h in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in h]
 
-# %% ../nbs/60_demo.ipynb #39b101a2
+# %% ../nbs/60_demo.ipynb #124ad42a
 class Demo:
     "The demonstration, step by step; each leaves its result in the folder."
     def __init__(self,
@@ -343,25 +342,25 @@ class Demo:
     def _tokens_a_step(self) -> float:
         text = (self.out / "trial" / "output.log").read_text()
         records, tokens = (float(w.replace(",", "")) for w in text.split(" tokens,")[0].splitlines()[-1].split(" records, "))
-        return BATCH * tokens / records
+        return BATCH[2] * tokens / records
 
     def train(self) -> dict[str, int]: # steps of each stage
         "Both stages, in the minutes that are left after what comes before and after them."
         layout, seconds = self.trial()
         left = self.minutes - (time.monotonic() - self.begun) / 60 - self.evaluation_minutes - .8
         steps = {1: max(4, int(60 * left * .28 / (seconds * STAGE1_COST))), 2: max(4, int(60 * left * .72 / seconds))}
-        self.say(f"stage 1, feature alignment: {steps[1]} steps of {BATCH}, only the projector trains, ZeRO-2")
+        self.say(f"stage 1, feature alignment: {steps[1]} steps of {BATCH[1]}, only the projector trains, ZeRO-2")
         launch(self.out / "stage1", layout, self._settings(STAGE1, max_steps=steps[1]))
         left = self.minutes - (time.monotonic() - self.begun) / 60 - self.evaluation_minutes - .4
         steps[2] = max(4, int(60 * left / seconds))
-        self.say(f"stage 2, visual instruction tuning: {steps[2]} steps of {BATCH}, projector and language model train, ZeRO-3")
+        self.say(f"stage 2, visual instruction tuning: {steps[2]} steps of {BATCH[2]}, projector and language model train, ZeRO-3")
         launch(self.out / "stage2", layout, self._settings(STAGE2, max_steps=steps[2], projector=str(self.out / "stage1")))
         return steps
 
     @property
-    def evaluation_minutes(self) -> float: return 3.4 * self.share
+    def evaluation_minutes(self) -> float: return 1.8 * self.share
 
-STAGE1_COST = 0.22      # a step of stage 1 beside one of stage 2: shorter records, no gradient of the language model's weights
+STAGE1_COST = 0.17      # a step of stage 1 beside one of stage 2: shorter records, no gradient of the language model's weights
 
 # %% ../nbs/60_demo.ipynb #fec7b7ec
 def evaluate(

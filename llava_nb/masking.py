@@ -75,7 +75,7 @@ def encode_chunk(
         labels.append(ids[-1] if segment.learned else IGNORE_INDEX)
     return ids, labels
 
-# %% ../nbs/11_masking.ipynb #bc668146
+# %% ../nbs/11_masking.ipynb #fa2834f0
 class Encoder:
     "Segments to token ids and labels, with any fast tokenizer."
     def __init__(self,
@@ -88,13 +88,15 @@ class Encoder:
         self.text_only, self.renumber = text_only_tokenizer(tokenizer)
         first = tokenizer("a").input_ids[:1]
         self.bos = first if first == [tokenizer.bos_token_id] else []          # exactly if the tokenizer itself writes one
+        self.before_image = self.bos or [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None][:1]
         self.control_ids = {i for i, t in tokenizer.added_tokens_decoder.items() if is_control(t.content, t.special)}
 
     def __call__(self,
         segments: Sequence[Segment], # from a template
     ) -> Encoded:
         "Encode chunk by chunk, put the pictures between, cut at `max_length`."
-        ids, labels, spans = list(self.bos), [IGNORE_INDEX] * len(self.bos), []
+        ids, spans = list(self.before_image if segments and segments[0].kind == "image" else self.bos), []
+        labels = [IGNORE_INDEX] * len(ids)
         for kind, run in groupby(segments, key=lambda s: s.kind == "image"):
             for picture in run if kind else ():
                 spans.append((len(ids), len(ids) + self.image_seq_len))

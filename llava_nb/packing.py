@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'learned_positions', 'collate_packed', 'PackedCollator', 'record_lengths', 'per_record_sdpa',
-           'packed_row_mask', 'register_attention', 'collate_padded']
+           'packed_row_mask', 'register_attention', 'RowCost', 'deal', 'micro_steps_for', 'collate_padded']
 
-# %% ../nbs/15_packing.ipynb #faa08f84
+# %% ../nbs/15_packing.ipynb #faf6e432
+import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -16,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from .masking import IGNORE_INDEX
+from .sampler import Plan
 
 # %% ../nbs/15_packing.ipynb #5a2317d3
 def learned_positions(
@@ -115,6 +119,53 @@ def register_attention() -> str: # name for `attn_implementation`
     AttentionInterface.register(ATTENTION, per_record_sdpa)
     AttentionMaskInterface.register(ATTENTION, packed_row_mask)
     return ATTENTION
+
+# %% ../nbs/15_packing.ipynb #959658c9
+@dataclass(frozen=True)
+class RowCost:
+    "What a record costs, in one token's matrix products, forward and backward."
+    attention: float = 0.0   # a: for each pair of tokens
+    image: float = 0.0       # b: for its picture
+
+    def of(self,
+        lengths: np.ndarray, # int64 [N], tokens
+        has_image: np.ndarray | None = None, # bool [N]
+    ) -> np.ndarray: # float64 [N]
+        "The cost of each record."
+        lengths = np.asarray(lengths, float)
+        return lengths + self.attention * lengths ** 2 + (0 if has_image is None else self.image * np.asarray(has_image))
+
+def deal(
+    costs: np.ndarray, # [n], of the records of one step
+    rows: int, # packed rows to deal them to
+) -> list[np.ndarray]: # positions that each row gets, ascending; some may be empty
+    "Deal a step's records to rows of nearly equal cost: the dearest first, each to the row that has least (LPT)."
+    least, row_of = [(0.0, r) for r in range(rows)], np.empty(len(costs), int)
+    for k in np.argsort(-np.asarray(costs), kind="stable"):
+        load, row = least[0]
+        heapq.heapreplace(least, (load + float(costs[k]), row))
+        row_of[k] = row
+    return [np.flatnonzero(row_of == r) for r in range(rows)]
+
+# %% ../nbs/15_packing.ipynb #ff9a6012
+def micro_steps_for(
+    plan: Plan, # of the run's first epoch
+    costs: np.ndarray, # [N], see `RowCost`
+    max_tokens: int, # of a packed row
+    epochs: int = 1, # whose steps must fit
+) -> int: # micro-steps of an optimizer step
+    "The fewest micro-steps with which no row of any step is longer than `max_tokens`; raises, naming the longest record, if none are few enough."
+    longest = int(plan.lengths.argmax())
+    if plan.lengths[longest] > max_tokens:
+        raise ValueError(f"max_tokens {max_tokens}: record {longest} alone has {plan.lengths[longest]} tokens; raise max_tokens to at least that, or lower model_max_length")
+    found = 1
+    for epoch in range(epochs):
+        here = plan.for_epoch(plan.epoch + epoch)
+        for k in range(here.steps):
+            step = here.global_batch(k)
+            found = max(found, -(-int(plan.lengths[step].sum()) // (max_tokens * plan.world_size)))
+            while max(int(plan.lengths[step[row]].sum()) for row in deal(costs[step], plan.world_size * found)) > max_tokens: found += 1
+    return found
 
 # %% ../nbs/15_packing.ipynb #20b96f8e
 def collate_padded(

@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED', 'PUBLISHED', 'MEASURED', 'USAGE', 'Run', 'parse', 'check_training', 'training_fields', 'training_arguments',
            'start_folder', 'assemble', 'Pieces', 'build', 'check_length', 'found_config', 'load_model', 'loss_line',
            'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'architecture', 'dry_model', 'mean_length',
-           'size_of_data', 'steps_of_epoch', 'dry_run', 'help_text', 'main']
+           'size_of_data', 'steps_of_epoch', 'dry_run', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__" and "__file__" in globals():      # run as a file: the repository, not llava_nb/, comes first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# %% ../nbs/90_train.ipynb #117c534c
+# %% ../nbs/90_train.ipynb #d90bccc3
 import argparse
 import dataclasses
 import importlib.resources
@@ -22,6 +22,7 @@ import json
 import math
 import os
 import time
+from typing import NoReturn
 
 import torch
 import transformers
@@ -42,7 +43,7 @@ import llava_nb.trainer as trainer
 import llava_nb.vision as vision
 import llava_nb.zero as zero
 
-# %% ../nbs/90_train.ipynb #12c97702
+# %% ../nbs/90_train.ipynb #a7f7a998
 @dataclasses.dataclass
 class Run:
     "A complete, typed configuration."
@@ -81,7 +82,7 @@ def check_training(
     for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("zero", args.zero, (0, 1, 2, 3)),
                                ("eval_strategy", evaluates, ("no", "steps", "epoch"))):
         refuse(value is not None and value not in known, f"{name} {value!r} is unknown; use one of {', '.join(map(str, known))}")
-    for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("threads", run.run.threads)):
+    for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("max_tokens", args.max_tokens), ("threads", run.run.threads)):
         refuse(value is not None and value < 1, f"{name} {value} must be at least 1")
     refuse((evaluates != "no") != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` ('steps' or 'epoch': when) go together; one is missing")
     refuse(args.zero is not None and bool(args.deepspeed), "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage")
@@ -434,5 +435,9 @@ def main(
         return 2
     return execute(run, ready)
 
-# %% ../nbs/90_train.ipynb #1c2d537c
-if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())
+# %% ../nbs/90_train.ipynb #6365fd7b
+def program() -> NoReturn:
+    "The command `llava_nb`: `main`, then out."
+    zero.leave(main())
+
+if __name__ == "__main__" and "__file__" in globals(): program()

@@ -18,9 +18,13 @@ from safetensors import safe_open
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
 from llava_nb.checkpoint import save_llava
-from llava_nb.llava import load_llava, tiny_llava
-from llava_nb.masking import tiny_tokenizer
+from llava_nb.conversation import get_template
+from llava_nb.llava import load_llava, row_cost, tiny_llava
+from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.packing import micro_steps_for
+from llava_nb.records import encode
 from llava_nb.sampler import Plan
+from llava_nb.trainer import PlanSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, STEPS, TIMEOUT = 96, 20, 240
@@ -104,14 +108,24 @@ def zero3(world):
     return launch(config(world, "zero3", zero=3)[0], 2)
 
 
-def test_the_small_run_holds_every_case(world):
+@pytest.fixture(scope="module")
+def plan(world):
+    """Which record lies in which step, and what each costs."""
+    encoder, records = Encoder(tiny_tokenizer(), 2048, 16, 256), json.loads((world / "records.json").read_text())
+    lengths = np.array([len(encode(r, get_template("v1"), encoder).input_ids) for r in records])
+    has_image = np.array(["image" in r for r in records])
+    costs = row_cost(load_llava(world / "start")).of(lengths, has_image)
+    return Plan("random", lengths, has_image=has_image, batch_size=1, world_size=2, accumulation=2, seed=42), costs
+
+
+def test_the_small_run_holds_every_case(plan):
     """Pictures on one rank only (both ways round), on both, on none, and whole steps without any."""
-    has_image = np.array(["image" in r for r in json.loads((world / "records.json").read_text())])
-    plan = Plan("random", np.ones(RECORDS, np.int64), has_image=has_image, batch_size=1, world_size=2, accumulation=2, seed=42)
-    chunks = [plan.micro_batches(step) for step in range(STEPS)]
-    micro_steps = {tuple(bool(has_image[c[2 * m + rank]].any()) for rank in (0, 1)) for c in chunks for m in (0, 1)}
-    assert micro_steps == {(True, False), (False, True), (False, False), (True, True)}
-    assert any(not has_image[np.concatenate(c)].any() for c in chunks[1:])
+    plan, costs = plan
+    has_image = plan.has_image
+    ranks = [PlanSampler(plan, np.ones(RECORDS, int), rank=r, costs=costs) for r in (0, 1)]
+    steps = [[[any(has_image[i] for i, _ in row) for row in sampler.step(k)] for sampler in ranks] for k in range(STEPS)]
+    assert {pair for a, b in steps for pair in zip(a, b)} == {(True, False), (False, True), (False, False), (True, True)}
+    assert any(not any(a + b) for a, b in steps[1:])
 
 
 def test_zero3_equals_one_process(world, single, zero3):
@@ -119,8 +133,10 @@ def test_zero3_equals_one_process(world, single, zero3):
     assert farthest(weights(world / "single"), weights(world / "zero3")) < 1e-6
 
 
-def test_zero2_equals_one_process(world, single):
-    assert launch(config(world, "zero2", zero=2)[0], 2) == pytest.approx(single, abs=1e-5)
+def test_zero2_equals_one_process_with_rows_cut_by_tokens(world, single, plan):
+    """`max_tokens` has each rank take its records in one row, where the configuration says two micro-steps."""
+    assert micro_steps_for(*plan, 400, epochs=2) == 1
+    assert launch(config(world, "zero2", zero=2, max_tokens=400)[0], 2) == pytest.approx(single, abs=1e-5)
     assert farthest(weights(world / "single"), weights(world / "zero2")) < 1e-6
 
 
