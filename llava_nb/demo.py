@@ -259,9 +259,9 @@ def tower_from_wheel(
     efficientnet.from_wheel().save_pretrained(folder)
     efficientnet.image_processor().save_pretrained(folder)
 
-# %% ../nbs/60_demo.ipynb #3c7a716c
+# %% ../nbs/60_demo.ipynb #9bdfb561
 STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 2e-3, "warmup_steps": 0.05}
-STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 2e-4, "projector_lr": 5e-4, "warmup_steps": 0.05}
+STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 1e-4, "projector_lr": 2e-4, "warmup_steps": 0.05}
 COMMON = {"bf16": True, "max_grad_norm": 1.0, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0, "model_max_length": 512, "seed": 42, "num_train_epochs": 1000,
           "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 BATCH = {1: 4, 2: 8}     # records a step, by stage

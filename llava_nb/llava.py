@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROJECTORS', 'PREFIX', 'PROJECTOR_FILE', 'llava_config', 'seeded', 'new_projector', 'add_image_token', 'build_llava',
-           'valid_generation_config', 'connect_blank_images', 'prepare', 'tiny_llava', 'freeze', 'parts', 'full_shape',
-           'row_cost', 'read_projector', 'gathered', 'load_projector', 'projector_state', 'load_language_model',
-           'load_tower', 'load_llava', 'meta_llava']
+           'valid_generation_config', 'connect_rows', 'prepare', 'tiny_llava', 'freeze', 'parts', 'read_projector',
+           'full_shape', 'gathered', 'load_projector', 'projector_state', 'load_language_model', 'load_tower',
+           'load_llava', 'meta_llava']
 
-# %% ../nbs/21_llava.ipynb #84855555
+# %% ../nbs/21_llava.ipynb #9e29fd35
 import contextlib
-import math
 from pathlib import Path
 
 import torch
@@ -20,7 +19,8 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisio
                           LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .packing import ATTENTION, RowCost, register_attention
+from .cross_entropy import LossHead
+from .packing import ATTENTION, register_attention
 from .vision import feature_count, load_vision_config, register_towers
 
 # %% ../nbs/21_llava.ipynb #b7c00c6b
@@ -119,14 +119,15 @@ def valid_generation_config(
     config.validate(strict=True)
     return config
 
-# %% ../nbs/21_llava.ipynb #eb246540
-def connect_blank_images(
+# %% ../nbs/21_llava.ipynb #59b4aa32
+def connect_rows(
     model: LlavaForConditionalGeneration,
 ) -> None:
-    "Let rows marked `blank` run tower and projector without putting a feature into the text."
-    state = {"blank": False}
+    "Let a call say `blank`: no feature reaches the text; and `loss`: the head answers with it (see `LossHead`)."
+    state, head = {"blank": False}, model.lm_head
+    LossHead.over(head)
     def note(module, args, kwargs):
-        state["blank"] = kwargs.pop("blank", False)
+        state["blank"], head.asked = kwargs.pop("blank", False), kwargs.pop("loss", None)
         return args, kwargs
     def cut(module, args, features): # [N, F, h] -> [N, 0, h]
         return features[:, :0] if state["blank"] else features
@@ -136,10 +137,10 @@ def connect_blank_images(
 def prepare(
     model: LlavaForConditionalGeneration, # built or loaded
 ) -> LlavaForConditionalGeneration: # the same object
-    "Attention per record and the hook for text-only rows: what our rows need, nothing that a saved model would keep."
+    "Attention per record, the head that gives a loss and the hook for text-only rows: what our rows need, nothing that a saved model would keep."
     model.set_attn_implementation({"text_config": register_attention()})
     model.config.use_cache = model.config.text_config.use_cache = False   # a cache would let packed records see each other
-    connect_blank_images(model)
+    connect_rows(model)
     return model
 
 # %% ../nbs/21_llava.ipynb #5ffcf445
@@ -182,22 +183,6 @@ def parts(
         groups["projector" if "multi_modal_projector" in name else "vision tower" if "vision_tower" in name else "language model"].append(p)
     return groups
 
-# %% ../nbs/21_llava.ipynb #4b7bf03d
-def full_shape(
-    p: torch.Tensor, # a parameter, partitioned by ZeRO-3 or not
-) -> tuple[int, ...]:
-    "The shape of the whole parameter."
-    return tuple(getattr(p, "ds_shape", p.shape))
-
-def row_cost(
-    model: LlavaForConditionalGeneration, # of any device
-) -> RowCost:
-    "What a pair of tokens and a picture cost this model, in one token's matrix products."
-    size = lambda module, but=None: sum(math.prod(full_shape(p)) for p in module.parameters() if p is not but and len(full_shape(p)) > 1)
-    text, decoder = model.config.text_config, model.model.language_model
-    weights = size(decoder, but=decoder.get_input_embeddings().weight)
-    return RowCost(text.num_hidden_layers * text.hidden_size / weights, size(model.model.vision_tower) * model.config.image_seq_length / (3 * weights))
-
 # %% ../nbs/21_llava.ipynb #81e74227
 PREFIX, PROJECTOR_FILE = "multi_modal_projector.", "projector.safetensors"
 
@@ -219,7 +204,13 @@ def read_projector(
         raise ValueError(f"{path}: holds no projector (no `{PREFIX}*` tensor)")
     return found
 
-# %% ../nbs/21_llava.ipynb #9ffacd18
+# %% ../nbs/21_llava.ipynb #a15b7f67
+def full_shape(
+    p: torch.Tensor, # a parameter, partitioned by ZeRO-3 or not
+) -> tuple[int, ...]:
+    "The shape of the whole parameter."
+    return tuple(getattr(p, "ds_shape", p.shape))
+
 @contextlib.contextmanager
 def gathered(
     params: list[nn.Parameter], # partitioned by ZeRO-3 or not

@@ -230,7 +230,7 @@ def load_model(
     model.config.llava_nb |= {"template": run.data.template, "image_aspect_ratio": run.data.image_aspect_ratio}
     return model
 
-# %% ../nbs/90_train.ipynb #4ceeef19
+# %% ../nbs/90_train.ipynb #e27eec8a
 def loss_line(
     state: transformers.TrainerState,
     logs: dict[str, float], # of one logged step
@@ -255,10 +255,12 @@ def summary(
     seconds: float, # of training
 ) -> str:
     "The last words of a run: what was done, how fast, and where it lies."
-    args, state, plan = run_trainer.args, run_trainer.state, run_trainer.plan_sampler.plan
-    done = state.global_step
-    samples = sum(len(plan.for_epoch(k // plan.steps).global_batch(k % plan.steps)) for k in range(done)) if done < 10_000 else done * plan.global_batch_size
-    lines = [f"done: {done} steps, {samples:,} samples in {seconds / 60:.1f} min, {run_trainer.tokens_seen * args.world_size / seconds:,.0f} real tokens/s, 0 % padding",
+    args, state, found = run_trainer.args, run_trainer.state, run_trainer.reading(run_trainer.begun)
+    work = run_trainer.plan_sampler.work(run_trainer.begun[1], state.global_step)
+    used = ", ".join(f"{share:.1%} of the {name.removeprefix('mfu_')} rate" for name, share in found.items() if name.startswith("mfu_"))
+    lines = [f"done: {state.global_step} steps, {work.samples:,} samples in {seconds / 60:.1f} min, {found['samples_per_second']:,.1f} a second",
+             f"speed: {found['tokens_per_second']:,.0f} real and {found['supervised_per_second']:,.0f} learned tokens/s, 0 % padding, {found['data_wait']:.1%} of the time waiting for data",
+             f"used: {used} (strict model FLOPs), peak memory {found['peak_memory_gb']:.1f} GB a rank",
              f"final loss {next((h['loss'] for h in reversed(state.log_history) if 'loss' in h), float('nan')):.4f}", f"result: {args.output_dir}"]
     if args.stage == 1: lines.append(f"next:   stage 2 with --projector {args.output_dir}")
     else: lines.append(f"chat:   python -m llava_nb.chat {args.output_dir} --image PICTURE")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'LlavaTrainer']
 
-# %% ../nbs/33_trainer.ipynb #02c1c7cc
+# %% ../nbs/33_trainer.ipynb #e34c75a6
 import math
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .checkpoint import load_weights, save_llava, save_projector
-from .llava import row_cost
+from .meter import Meter, Work, device_rates, shape_of, work_of
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
 from .packing import PackedCollator, RowCost, deal, micro_steps_for
 from .sampler import Plan
-from .zero import deepspeed_config, init_distributed, read_deepspeed_config, world_size
+from .zero import deepspeed_config, fetch_whole_layers, init_distributed, read_deepspeed_config, world_size
 
 # %% ../nbs/33_trainer.ipynb #a2962785
 @dataclass
@@ -51,7 +52,7 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.deepspeed or world_size() > 1: init_distributed()
         super().__post_init__()
 
-# %% ../nbs/33_trainer.ipynb #fbb9c2c0
+# %% ../nbs/33_trainer.ipynb #495cd2ff
 class PlanSampler(Sampler):
     "One rank's packed rows of (record, loss weight of its learned tokens), step by step of a plan."
     def __init__(self,
@@ -67,7 +68,16 @@ class PlanSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         "Use the plan of another epoch."
-        self.plan = self.plan.for_epoch(epoch)
+        if epoch != self.plan.epoch: self.plan = self.plan.for_epoch(epoch)
+
+    def work(self, first: int, last: int) -> Work: # of optimizer steps `first` to `last`, the last exclusive, counted from the start of the run
+        "What all ranks have done in these steps."
+        plan, total = self.plan, Work()
+        for k in range(first, last):
+            if k // plan.steps != plan.epoch: plan = plan.for_epoch(k // plan.steps)
+            records = plan.global_batch(k % plan.steps)
+            total += work_of(records, plan.lengths, self.supervised, plan.lengths > 0 if plan.has_image is None else plan.has_image)
+        return total
 
     def __len__(self) -> int: # rows of this rank in an epoch
         return self.plan.steps * self.micro_steps
@@ -90,11 +100,11 @@ class WeightedDataset(Dataset):
     def __len__(self) -> int: return len(self.dataset)
     def __getitem__(self, item: tuple[int, float]) -> dict: return self.dataset[item[0]] | {"weight": item[1]}
 
-# %% ../nbs/33_trainer.ipynb #9ddbd51e
+# %% ../nbs/33_trainer.ipynb #1e4c702e
 def plan_sampler(
     args: LlavaTrainingArguments, # with `max_tokens`, its accumulation is set to what that asks for
     data: Dataset, # a LlavaDataset
-    cost: RowCost, # see `row_cost`
+    cost: RowCost, # of the model
 ) -> PlanSampler:
     "The plan that the arguments describe, dealt to this rank."
     plan = Plan(args.sampler, data.lengths, has_image=data.has_image, word_lengths=data.word_lengths, batch_size=args.per_device_train_batch_size,
@@ -115,7 +125,7 @@ def set_micro_steps(
     args.hf_deepspeed_config.config |= {"gradient_accumulation_steps": micro_steps, "train_batch_size": args.per_device_train_batch_size * micro_steps * args.world_size}
     args.deepspeed_plugin.gradient_accumulation_steps = micro_steps
 
-# %% ../nbs/33_trainer.ipynb #15c60f20
+# %% ../nbs/33_trainer.ipynb #1ec8030e
 class LlavaTrainer(Trainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
@@ -128,12 +138,15 @@ class LlavaTrainer(Trainer):
         callbacks: list | None = None,
     ):
         shape = (3, *[model.config.vision_config.image_size] * 2)
-        self.plan_sampler = plan_sampler(args, train_dataset, row_cost(model)) if train_dataset is not None else None
+        sizes = shape_of(model)
+        if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
+        self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=PackedCollator(shape),
                          processing_class=tokenizer, callbacks=callbacks)
         self.image_processor, self.settings = image_processor, model.config.llava_nb
         self.loss_is_scaled_for_ga = True       # `token_weights` covers accumulation
-        self.tokens_seen, self.logged = 0, (time.monotonic(), 0)
+        self.meter = Meter(sizes, args.stage, args.world_size, device_rates(args.device, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32))
+        self.begun, self.logged, self.waited = None, None, 0.0       # (seconds, step, waited), see `_now`
 
     def get_train_dataloader(self) -> DataLoader:
         "This rank's share of the plan; nothing is left for accelerate to shard."
@@ -143,7 +156,21 @@ class LlavaTrainer(Trainer):
 
     def _run_epoch(self, *, epoch: int, **kwargs):
         self.plan_sampler.set_epoch(epoch)      # transformers does not tell a custom sampler, least of all on a resume
+        self.begun = self.begun or self._now(); self.logged = self.logged or self.begun
         return super()._run_epoch(epoch=epoch, **kwargs)
+
+    def _now(self) -> tuple[float, int, float]: return time.monotonic(), self.state.global_step, self.waited
+
+    def get_batch_samples(self, *args, **kwargs):
+        start = time.monotonic()
+        try: return super().get_batch_samples(*args, **kwargs)
+        finally: self.waited += time.monotonic() - start
+
+    def reading(self, since: tuple[float, int, float]) -> dict[str, float]:
+        "Rates over all ranks since a moment of `_now`, this rank's wait for data, its peak memory."
+        seconds, step, waited = (b - a for a, b in zip(since, self._now()))
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return self.meter.read(self.plan_sampler.work(since[1], since[1] + step), seconds, waited) | {"peak_memory_gb": round(peak / 1e9, 2)}
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         "Four groups, or two without a rate for the projector."
@@ -162,7 +189,6 @@ class LlavaTrainer(Trainer):
         "This rank's part of the step's weighted loss, scaled for the engines' mean over ranks."
         loss = row_loss(model, inputs, self.settings["text_vocab_size"], self.model.config.image_token_id)
         if model.training:
-            self.tokens_seen += inputs["input_ids"].numel()
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
 
@@ -172,11 +198,10 @@ class LlavaTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        "Add real tokens a second, over all ranks, to every logged step."
-        now, (then, tokens) = time.monotonic(), self.logged
-        if "loss" in logs and now > then:
-            logs["tokens_per_second"] = round((self.tokens_seen - tokens) * self.args.world_size / (now - then), 1)
-            self.logged = now, self.tokens_seen
+        "Add what the meter reads to every logged step."
+        if "loss" in logs and self.state.global_step > self.logged[1]:
+            logs |= self.reading(self.logged)
+            self.logged = self._now()
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from llava_nb.llava import row_cost, tiny_llava
+from llava_nb.llava import tiny_llava
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
+from llava_nb.meter import shape_of
 from llava_nb.objective import row_loss, token_weights
 from llava_nb.packing import RowCost, collate_packed, deal, micro_steps_for
 from llava_nb.sampler import Plan, mix665k_sample
@@ -102,6 +103,6 @@ def test_the_cost_of_a_7b_model():
     from llava_nb.llava import llava_config, meta_llava
     from llava_nb.vision import vision_config
     text, tower = architecture("lmsys/vicuna-7b-v1.5"), vision_config(architecture("openai/clip-vit-large-patch14-336"))
-    found = row_cost(meta_llava(llava_config(text, tower, 32000)))
+    found = shape_of(meta_llava(llava_config(text, tower, 32000))).row_cost
     assert found.attention == pytest.approx(32 * 4096 / 6.476e9, rel=.01) and found.image == pytest.approx(.303e9 * 576 / (3 * 6.476e9), rel=.02)
-    assert row_cost(tiny_llava(tiny_tokenizer())).attention == pytest.approx(2 * 64 / (2 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 128)), rel=1e-6)
+    assert shape_of(tiny_llava(tiny_tokenizer())).row_cost.attention == pytest.approx(2 * 64 / (2 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 128)), rel=1e-6)

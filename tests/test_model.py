@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlavaForC
 from llava_nb.checkpoint import save_llava, save_projector
 from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, parts, projector_state, tiny_llava
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
+from llava_nb.cross_entropy import chunked_cross_entropy, text_logits, weighted_cross_entropy
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
 from llava_nb.optim import parameter_groups
 from llava_nb.packing import collate_packed, collate_padded, record_lengths
@@ -187,3 +188,40 @@ def test_every_trainable_parameter_is_in_exactly_one_group(projector_lr, expecte
         for p in g["params"]:
             assert (g["weight_decay"] == 0) == ("norm" in names[id(p)] or "bias" in names[id(p)])
             assert g["lr"] == (projector_lr if projector_lr is not None and "projector" in names[id(p)] else 2e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_cross_entropy_equals_the_logits(bias):
+    """Loss and every gradient, over chunks that do not divide the positions, with `<image>` inside the vocabulary and beyond it."""
+    torch.manual_seed(0)
+    for image_token_id in (17, 36):
+        hidden, weight = torch.randn(53, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+        b = torch.randn(40, requires_grad=True) if bias else None
+        targets, weights = torch.randint(0, 16, (53,)), torch.rand(53)
+        with_gradient = [t for t in (hidden, weight, b) if t is not None]
+        whole = weighted_cross_entropy(text_logits(torch.nn.functional.linear(hidden, weight, b), 37, image_token_id), targets, weights)
+        chunked = chunked_cross_entropy(hidden, weight, b, targets, weights, 37, image_token_id, chunk=10)
+        assert torch.allclose(whole, chunked)
+        for a, c in zip(torch.autograd.grad(2 * whole, with_gradient), torch.autograd.grad(2 * chunked, with_gradient)): assert torch.allclose(a, c, atol=1e-5)
+
+
+def test_chunked_cross_entropy_computes_no_gradient_that_nobody_asked_for():
+    """A frozen head (stage 1) gets none; without any (evaluation) there is only the loss; an empty row is an exact zero."""
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8)
+    chunked_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).backward()
+    assert hidden.grad.abs().sum() > 0 and weight.grad is None
+    with torch.no_grad(): assert not chunked_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).requires_grad
+    weight.requires_grad_()
+    loss = chunked_cross_entropy(hidden[:0], weight, None, torch.arange(0), torch.rand(0), 12, 12)
+    loss.backward()
+    assert loss == 0 and weight.grad.abs().sum() == 0
+
+
+def test_chunked_cross_entropy_in_bf16_sums_in_float32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4096, 32, dtype=torch.bfloat16), torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    targets, weights = torch.randint(0, 64, (4096,)), torch.full((4096,), 1 / 4096)
+    exact = weight.detach().float().requires_grad_()
+    weighted_cross_entropy(hidden.float() @ exact.T, targets, weights).backward()
+    chunked_cross_entropy(hidden, weight, None, targets, weights, 64, 64, chunk=64).backward()
+    assert (weight.grad.float() - exact.grad).abs().max() < .01 * exact.grad.abs().max()
