@@ -43,7 +43,7 @@ import llava_nb.trainer as trainer
 import llava_nb.vision as vision
 import llava_nb.zero as zero
 
-# %% ../nbs/90_train.ipynb #a7f7a998
+# %% ../nbs/90_train.ipynb #cb6a9197
 @dataclasses.dataclass
 class Run:
     "A complete, typed configuration."
@@ -85,6 +85,7 @@ def check_training(
     for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("max_tokens", args.max_tokens), ("threads", run.run.threads)):
         refuse(value is not None and value < 1, f"{name} {value} must be at least 1")
     refuse((evaluates != "no") != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` ('steps' or 'epoch': when) go together; one is missing")
+    refuse(bool(args.output_dir) and Path(args.output_dir).is_file(), f"output_dir {args.output_dir} is a file; name a folder")
     refuse(args.zero is not None and bool(args.deepspeed), "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage")
     refuse(args.offload and not args.zero, "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded")
     if run.data.template not in (None, "chat_template"): conversation.get_template(run.data.template)
@@ -266,7 +267,7 @@ def summary(
     else: lines.append(f"chat:   python -m llava_nb.chat {args.output_dir} --image PICTURE")
     return "\n".join(lines)
 
-# %% ../nbs/90_train.ipynb #31d2d2d1
+# %% ../nbs/90_train.ipynb #6c178583
 def prepare(
     run: Run,
 ) -> trainer.LlavaTrainer: # ready to train
@@ -300,7 +301,7 @@ def execute(
 
 def _write_down(run: Run, args, pieces: Pieces) -> None:
     out = Path(args.output_dir); out.mkdir(parents=True, exist_ok=True)
-    (out / "config_resolved.json").write_text(json.dumps(run.settings, indent=2))
+    (out / "config_resolved.json").write_text(json.dumps({k: v for k, v in run.settings.items() if k != "resume"}, indent=2))
     print(f"{len(pieces.dataset):,} records, {int(pieces.dataset.lengths.sum()):,} tokens, {int(pieces.dataset.supervised.sum()):,} learned", flush=True)
     if pieces.dataset.quarantined:
         pieces.dataset.write_quarantine(out / "quarantine.jsonl")

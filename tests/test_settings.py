@@ -20,6 +20,7 @@ def written(folder, settings: dict) -> str:
 WRONG = {
     "takes one value": {"learning_rate": [1e-5, 2e-5]}, "not its content": {"deepspeed": {"zero_optimization": {"stage": 2}}}, "needs `zero`": {"offload": True},
     "per_device_train_batch_size 0": {"per_device_train_batch_size": 0}, "gradient_accumulation_steps 0": {"gradient_accumulation_steps": 0}, "threads 0": {"threads": 0},
+    "max_tokens 0": {"max_tokens": 0}, "is a file; name a folder": {"output_dir": __file__},
     "no room for text": {"model_max_length": 576}, "no such hidden state": {"vision_feature_layer": 99}, "samplers of its own": {"group_by_length": True},
 }
 
