@@ -55,7 +55,7 @@ WRONG = {
     "did you mean 'learning_rate'": {"learnin_rate": 1}, "data_path: /none.json does not exist": {"data_path": "/none.json"}, "image_folder: /none does not exist": {"image_folder": "/none"},
     "eval_data_path: /none.json": {"eval_data_path": "/none.json", "eval_strategy": "steps"}, "projector: /none does not exist": {"projector": "/none"},
     "language_model: /none does not exist": {"language_model": "/none"}, "belongs to stage 1": {"template": "plain"}, "is unknown; known are": {"template": "vicuna"}, "--learning_rate": {"learning_rate": "abc"},
-    "use one of modality": {"sampler": "len"}, "OptimizerNames": {"optim": "adamw"}, "not JSON": {"data_path": "BAD"},
+    "use one of modality": {"sampler": "len"}, "argument --optim: invalid choice: 'adamw'": {"optim": "adamw"}, "not JSON": {"data_path": "BAD"},
 }
 
 
