@@ -1,6 +1,7 @@
 """Time the plan of one epoch of llava_v1_5_mix665k: 665,298 records, 8 ranks x 16, one core.
 
     python bench/plan.py                  print the table
+    python bench/plan.py --records 10000000   the same lengths, drawn again until there are so many
     python bench/plan.py --sample PATH    draw the 8,192 lengths that ship in llava_nb/data/mix665k_sample.npz
 
 The numbers of records per source are the published ones. No length histogram is published, so the
@@ -19,7 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from llava_nb.packing import RowCost, deal
 from llava_nb.sampler import Plan, cut, waste
+
+COST = RowCost(attention=2.0e-5, image=9)     # LLaVA-1.5-7B, see nbs/23_meter.ipynb
 
 SYSTEM, ROLES, IMAGE = 35, 9, 575   # system prompt; role words and EOS a turn; 576 features for one marker
 MAX_LENGTH = 2048
@@ -104,6 +108,19 @@ def median_time(f, repeats: int) -> float:
     return statistics.median(times)
 
 
+def dealt(plan: Plan, d: dict[str, np.ndarray], steps: int, ranks: int = 8) -> tuple[float, float]:
+    "Share of the modelled cost that ranks wait when `steps` steps are dealt by cost, and seconds to deal one."
+    costs, done, waited, seconds = COST.of(d["tokens"], d["image"]), 0.0, 0.0, []
+    for k in np.linspace(0, plan.steps - 1, steps).astype(int):
+        step = plan.global_batch(int(k))
+        start = time.perf_counter()
+        rows = deal(costs[step], ranks)
+        seconds.append(time.perf_counter() - start)
+        full = [costs[step[row]].sum() for row in rows]
+        done += sum(full); waited += ranks * max(full)
+    return 1 - done / waited, statistics.median(seconds)
+
+
 def cpu_name() -> str:
     "The processor's name where the system tells it."
     try:
@@ -116,15 +133,16 @@ def cpu_name() -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--sample", metavar="PATH", help="write the small sample to PATH and stop")
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--records", type=int, default=665_298); p.add_argument("--repeats", type=int, default=5)
     args = p.parse_args()
     if args.sample: return write_sample(args.sample)
     torch.set_num_threads(1)
     d = draw()
+    d = {k: np.resize(v, args.records) for k, v in d.items()}
     signed = np.where(d["image"], d["words"], -d["words"])
     print(f"{len(signed):,} records, {d['tokens'].sum() / 1e6:.0f}M tokens, 8 ranks x 16, one thread, median of {args.repeats}")
     print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n")
-    print(f"{'mode':<10}{'steps':>7}{'one step':>12}{'whole epoch':>14}{'padding':>10}{'+ waiting':>11}{'packed + waiting':>18}")
+    print(f"{'mode':<10}{'steps':>7}{'one step':>12}{'whole epoch':>14}{'padding':>10}{'+ waiting':>11}{'packed + waiting':>18}{'dealt':>8}{'deal a step':>13}")
     for mode in ("random", "compat", "modality"):
         def plan(): return Plan(mode, d["tokens"], d["image"], signed, batch_size=16, world_size=8)
         jump = median_time(lambda: plan().micro_batches(3000), args.repeats)
@@ -132,8 +150,8 @@ def main() -> None:
         chunks = cut(plan().order, 16, 8)
         pad, wait = waste(chunks, d["tokens"], 8)
         packed = waste(chunks, d["tokens"], 8, packed=True)[1]
-        print(f"{mode:<10}{plan().steps:>7}{jump:>10.3f} s{epoch:>12.3f} s{pad:>10.1%}{wait:>11.1%}{packed:>18.1%}")
-    print("\none step: a new plan asked for the micro-batches of step 3000.  whole epoch: a new plan asked for every index in order.")
+        print(f"{mode:<10}{plan().steps:>7}{jump:>10.3f} s{epoch:>12.3f} s{pad:>10.1%}{wait:>11.1%}{packed:>18.1%}" + "{:>8.2%}{:>10.2f} ms".format(*(lambda w, s: (w, 1000 * s))(*dealt(plan(), d, 500))))
+    print("\none step: a new plan asked for the micro-batches of step 3000.  whole epoch: a new plan asked for every index in order.\ndealt: ranks' waiting when a step's records go to eight rows by cost, on 500 steps; deal a step: the time that takes.")
 
 
 if __name__ == "__main__":
