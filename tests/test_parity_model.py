@@ -16,10 +16,12 @@ from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import build_llava, freeze
 from llava_nb.masking import Encoder
-from llava_nb.objective import row_loss
+from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
-from llava_nb.packing import collate_packed
+from llava_nb.packing import collate_packed, collate_padded
 from llava_nb.records import LlavaDataset
+from llava_nb.sampler import Plan
+from llava_nb.trainer import PlanSampler
 
 GOLDENS = json.loads((folder() / "model.json").read_text())
 BATCHES = [k for k, v in GOLDENS.items() if "records" in v]
@@ -63,13 +65,19 @@ def name_of(image: list[int]) -> str:
     return "-".join(map(str, image)) + ".png"
 
 
-def packed_row(name, model, tokenizer, image_folder):
-    """One golden batch as the kit's packed row, all of it one reference micro-batch."""
-    golden = GOLDENS[name]
-    records = [{"id": k, **r, **({"image": name_of(r["image"])} if "image" in r else {})} for k, r in enumerate(golden["records"])]
+def dataset_of(names, model, tokenizer, image_folder) -> LlavaDataset:
+    """The records of golden batches that share a template, as the kit's dataset."""
+    golden = GOLDENS[names[0]]
+    raw = [r for name in names for r in GOLDENS[name]["records"]]
+    records = [{"id": k, **r, **({"image": name_of(r["image"])} if "image" in r else {})} for k, r in enumerate(raw)]
     encoder = Encoder(tokenizer, model.config.image_token_id, model.config.image_seq_length, 2048)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    dataset = LlavaDataset(records, get_template(golden["template"]), encoder, ImageTransform(processor, golden["aspect"]), image_folder)
+    return LlavaDataset(records, get_template(golden["template"]), encoder, ImageTransform(processor, golden["aspect"]), image_folder)
+
+
+def packed_row(name, model, tokenizer, image_folder):
+    """One golden batch as the kit's packed row, all of it one reference micro-batch."""
+    dataset = dataset_of([name], model, tokenizer, image_folder)
     return collate_packed([dataset[i] for i in range(len(dataset))], image_shape=(3, 56, 56))
 
 
@@ -107,3 +115,29 @@ def test_twelve_steps_of_training_equal_the_reference(image_folder):
         optimizer.zero_grad(); loss.backward(); optimizer.step()
     assert len(groups) == 4
     assert losses == pytest.approx(golden["losses"], abs=1e-4)
+
+
+@pytest.mark.parametrize("collate,loss_of_batch", [(collate_packed, row_loss), (collate_padded, padded_loss)], ids=["packed", "padded"])
+def test_every_deal_of_a_global_batch_gives_the_same_loss_and_gradients(collate, loss_of_batch, image_folder):
+    """One optimizer step of the golden model, cut for ranks x micro-steps: the reference's micro-batches set the weights, whoever computes."""
+    tokenizer = golden_tokenizer()
+    model = golden_model(tokenizer)
+    same = max(([n for n in BATCHES if GOLDENS[n]["template"] == t] for t in {GOLDENS[n]["template"] for n in BATCHES}), key=len)
+    data = dataset_of(same, model, tokenizer, image_folder)
+    assert len(data) > 1
+
+    def step(collate, loss_of_batch, world, micro_steps):
+        model.zero_grad()
+        plan, total = Plan("random", data.lengths, batch_size=-(-len(data) // 4), world_size=world, accumulation=4 // world), 0.0
+        for rank in range(world):
+            for row in PlanSampler(plan, data.supervised, rank=rank, micro_steps=micro_steps).step(0):
+                samples = [data[i] | {"weight": w} for i, w in row]
+                loss = loss_of_batch(model, collate(samples, image_shape=(3, 56, 56)), model.config.llava_nb["text_vocab_size"], model.config.image_token_id)
+                loss.backward(); total += float(loss.detach())
+        return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    expected, gradients = step(collate_packed, row_loss, 1, 1)
+    for world, micro_steps in ((1, 1), (1, 4), (2, 2), (4, 1)):
+        loss, found = step(collate, loss_of_batch, world, micro_steps)
+        assert loss == pytest.approx(expected, abs=1e-6)
+        for n, g in gradients.items(): assert torch.allclose(found[n], g, atol=1e-6), (world, micro_steps, n)
