@@ -1,6 +1,6 @@
 """Real tokens a second and peak memory of training steps: this kit, the same kit padded, and stock transformers.
 
-    python bench/step.py                # about four minutes on two cores
+    python bench/step.py                # some minutes on two cores
     python bench/step.py --steps 10     # closer to an epoch's mean
 
 All train on the same records: the micro-batches of 16 that LLaVA's grouping draws from the modelled mixture, lengths divided
@@ -8,7 +8,7 @@ by 8, with a language model of SmolLM2-135M's shape (random weights), a small CL
 
     ours     one packed row, attention per record, loss in chunks at learned positions
     padded   the same code on the padded batch, as the reference lays it out: all logits, then the learned ones
-    stock    transformers' LlavaForConditionalGeneration with `labels`, as a user would write it
+    stock    transformers' own forward with `labels` on the padded batch (its SDPA, its loss); not its Trainer or length grouping
 
 Each runs in a process of its own, in turn, and the medians of all its steps are compared.
 """
@@ -62,7 +62,6 @@ def records(model, step: int) -> list[dict]:
 
 def loss_of(variant: str, model, samples: list[dict]):
     """The loss of one micro-batch, and how many positions were computed for it."""
-    from llava_nb.masking import IGNORE_INDEX
     from llava_nb.objective import padded_loss, row_loss
     from llava_nb.packing import collate_packed, collate_padded
     shape, rows = (3, 126, 126), (model.config.llava_nb["text_vocab_size"], model.config.image_token_id)
@@ -71,9 +70,8 @@ def loss_of(variant: str, model, samples: list[dict]):
         return row_loss(model, row, *rows), row["input_ids"].numel()
     batch = collate_padded(samples, shape)
     if variant == "padded": return padded_loss(model, batch, *rows), batch["input_ids"].numel()
-    labels = batch["labels"].masked_fill(batch["attention_mask"] == 0, IGNORE_INDEX)
     pictures = {} if batch["blank"] else {"pixel_values": batch["pixel_values"]}
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, use_cache=False, **pictures).loss, batch["input_ids"].numel()
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"], use_cache=False, **pictures).loss, batch["input_ids"].numel()
 
 
 def run(variant: str, steps: int) -> dict:

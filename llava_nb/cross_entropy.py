@@ -32,7 +32,7 @@ def weighted_cross_entropy(
         return logits.float().sum() * 0.0
     return (F.cross_entropy(logits, targets, reduction="none") * weights).sum()
 
-# %% ../nbs/16_cross_entropy.ipynb #42aae93e
+# %% ../nbs/16_cross_entropy.ipynb #e1090d25
 CHUNK = 1024      # positions: 130 MB of float32 logits with 32,000 rows
 
 def _precision(hidden: torch.Tensor) -> torch.dtype:
@@ -66,6 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None, None
 
+# %% ../nbs/16_cross_entropy.ipynb #3e8b8ace
 def chunked_cross_entropy(
     hidden: torch.Tensor, # [S, h], at positions whose next token is learned
     weight: torch.Tensor, # [V, h], the language model's head
@@ -77,6 +78,7 @@ def chunked_cross_entropy(
     chunk: int = CHUNK, # positions whose logits exist at a time
 ) -> torch.Tensor: # scalar, float32
     "`weighted_cross_entropy` of `text_logits` of a head, without its logits."
+    if not torch.is_grad_enabled(): hidden, weight, bias = (None if t is None else t.detach() for t in (hidden, weight, bias))      # a Function is not told, and would compute gradients
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, weights.float(), text_vocab_size, image_token_id, chunk)
 
 # %% ../nbs/16_cross_entropy.ipynb #91ae6f72

@@ -76,7 +76,7 @@ def shape_of(
     return ModelShape(size(inner.language_model, but=inner.language_model.get_input_embeddings().weight), math.prod(full_shape(model.lm_head.weight)),
                       text.num_hidden_layers, width, size(inner.multi_modal_projector), size(inner.vision_tower), model.config.image_seq_length)
 
-# %% ../nbs/23_meter.ipynb #bd9355fc
+# %% ../nbs/23_meter.ipynb #c83fb160
 DATASHEET = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "RTX 4090": 165e12, "L4": 121e12}   # dense bf16, operations a second
 
 def datasheet_rate(
@@ -94,7 +94,8 @@ def matmul_rate(
     "The best of a few large matrix products."
     cuda = torch.device(device).type == "cuda"
     size = size or (8192 if cuda else 1024)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    generator = torch.Generator(device).manual_seed(0)      # its own: a measurement must not move a run's random numbers
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     best = math.inf
     for k in range(repeats + 2):
         if cuda: torch.cuda.synchronize()

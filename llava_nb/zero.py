@@ -49,15 +49,16 @@ def deepspeed_config(
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
     }
 
-# %% ../nbs/31_zero.ipynb #df0ae576
+# %% ../nbs/31_zero.ipynb #6d58f750
 def fetch_whole_layers(
     config: dict, # of DeepSpeed, changed in place
     model: torch.nn.Module,
 ) -> None:
     "On CPU ranks, let ZeRO-3 gather a layer at a time: what the model's lists of modules hold."
-    if torch.cuda.is_available() or config["zero_optimization"].get("stage") != 3: return
+    zero = config.get("zero_optimization", {})
+    if torch.cuda.is_available() or zero.get("stage") != 3: return
     classes = {type(layer).__name__ for group in model.modules() if isinstance(group, torch.nn.ModuleList) for layer in group if any(True for _ in layer.children())}
-    config["zero_optimization"]["leaf_module"] = {"classes": sorted(classes)}
+    zero.setdefault("leaf_module", {"classes": sorted(classes)})
 
 # %% ../nbs/31_zero.ipynb #117484cb
 def read_deepspeed_config(

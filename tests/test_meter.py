@@ -1,9 +1,10 @@
-"""The meter against counts by hand, for LLaVA-1.5 7B and 13B, and what a run reports."""
+"""The meter against counts by hand, for LLaVA-1.5 7B and 13B."""
 import numpy as np
 import pytest
+import torch
 
 from llava_nb.llava import llava_config, meta_llava
-from llava_nb.meter import Meter, Work, shape_of, work_of
+from llava_nb.meter import Meter, Work, matmul_rate, shape_of, work_of
 from llava_nb.sampler import Plan
 from llava_nb.train import architecture
 from llava_nb.trainer import PlanSampler
@@ -53,3 +54,9 @@ def test_the_work_of_steps_is_the_work_of_their_records_over_epochs():
     whole = work_of(np.arange(50), lengths, supervised, has_image)
     assert sampler.work(0, steps) == sampler.work(steps, 2 * steps) == whole
     assert sampler.work(0, 3) + sampler.work(3, steps + 2) == sampler.work(0, steps + 2)
+
+
+def test_measuring_the_machine_leaves_the_random_numbers_alone():
+    before = torch.get_rng_state()
+    assert matmul_rate("cpu", torch.float32, size=64) > 0
+    assert torch.equal(before, torch.get_rng_state())

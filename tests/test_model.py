@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llava_nb.checkpoint import save_llava, save_projector
+from llava_nb.cross_entropy import chunked_cross_entropy, text_logits, weighted_cross_entropy
 from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, parts, projector_state, tiny_llava
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
-from llava_nb.cross_entropy import chunked_cross_entropy, text_logits, weighted_cross_entropy
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
 from llava_nb.optim import parameter_groups
 from llava_nb.packing import collate_packed, collate_padded, record_lengths
@@ -210,8 +210,9 @@ def test_chunked_cross_entropy_computes_no_gradient_that_nobody_asked_for():
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8)
     chunked_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).backward()
     assert hidden.grad.abs().sum() > 0 and weight.grad is None
-    with torch.no_grad(): assert not chunked_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).requires_grad
     weight.requires_grad_()
+    with torch.no_grad(), torch.profiler.profile() as profile: assert not chunked_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).requires_grad
+    assert sum(e.count for e in profile.key_averages() if e.key == "aten::mm") == 1       # the logits, and neither gradient
     loss = chunked_cross_entropy(hidden[:0], weight, None, torch.arange(0), torch.rand(0), 12, 12)
     loss.backward()
     assert loss == 0 and weight.grad.abs().sum() == 0

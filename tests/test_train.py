@@ -82,6 +82,8 @@ def test_configuration_round_trip_evaluation_and_tensorboard(world, capsys):
     assert train.main([str(world / "run.json")]) == 0
     state = json.loads((world / "eval" / "trainer_state.json").read_text())
     assert [h["eval_loss"] for h in state["log_history"] if "eval_loss" in h]
+    steps = [h for h in state["log_history"] if "loss" in h]
+    assert len(steps) == 2 and all(h["tokens_per_second"] > h["supervised_per_second"] > 0 and 0 < h["mfu_measured"] < 1.5 and 0 <= h["data_wait"] <= 1 and h["peak_memory_gb"] > 0 for h in steps)
     assert list((world / "eval").rglob("events.out.tfevents*"))
     assert train.parse([str(world / "eval" / "config_resolved.json")]).settings == train.parse([str(world / "run.json")]).settings
 

@@ -2,9 +2,10 @@
 import json
 
 import pytest
+import torch
 
 from llava_nb.trainer import LlavaTrainingArguments
-from llava_nb.zero import bytes_per_rank, deepspeed_config, read_deepspeed_config
+from llava_nb.zero import bytes_per_rank, deepspeed_config, fetch_whole_layers, read_deepspeed_config
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -48,3 +49,15 @@ def test_bytes_add_up():
     whole = bytes_per_rank(7e9, 0, 1, 0)
     assert sum(whole.values()) == 16 * 7e9
     assert sum(bytes_per_rank(7e9, 0, 8, 3).values()) == 2 * 7e9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs keep DeepSpeed's default")
+def test_layers_are_fetched_whole_unless_the_json_says_otherwise():
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.TransformerEncoderLayer(8, 2, 16)])})
+    own, none, two = {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["Mine"]}}}, {"bf16": {"enabled": True}}, deepspeed_config(2)
+    for config in (own, none, two):
+        before = json.dumps(config)
+        fetch_whole_layers(config, model)
+        assert json.dumps(config) == before
+    fetch_whole_layers(config := deepspeed_config(3), model)
+    assert config["zero_optimization"]["leaf_module"] == {"classes": ["TransformerEncoderLayer"]}
