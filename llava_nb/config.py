@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# %% ../nbs/00_config.ipynb #8aefd5ff
+# %% ../nbs/00_config.ipynb #4f0749ca
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -32,13 +32,14 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     "Which records, and how they become tokens and pixels."
-    data_path: str | None = _setting(None, "Records: a JSON list or JSONL.")
+    data_path: str | None = _setting(None, "Records: a JSON list, JSONL, Parquet, or a folder of them.")
     image_folder: str | None = _setting(None, "Folder that the records' `image` paths start from.")
     eval_data_path: str | None = _setting(None, "Held-out records for an evaluation loss.")
     template: str | None = _setting(None, "Conversation template; by default 'plain' in stage 1 and 'v1' in stage 2.")
     image_aspect_ratio: str | None = _setting(None, "'square' or 'pad'; by default 'square' in stage 1 and 'pad' in stage 2.")
     model_max_length: int = _setting(2048, "Longest record in tokens, image features included; longer ones are cut.")
     apply_exif: bool = _setting(False, "Turn pictures as their EXIF tag says; the reference does not.")
+    records_cache: str | None = _setting(None, "Folder of the checked and converted records; by default $LLAVA_NB_CACHE or ~/.cache/llava_nb.")
     bad_records: str = _setting("error", "'error': refuse to start; 'skip': leave bad records out and write them to quarantine.jsonl.")
 
 @dataclass
@@ -176,7 +177,7 @@ def check_names(
             near = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; `python -m llava_nb.train --help` lists them all"))
 
-# %% ../nbs/00_config.ipynb #896b0946
+# %% ../nbs/00_config.ipynb #a5dd285e
 def by_stage(
     data: DataConfig, # changed in place
     stage: int,
@@ -206,7 +207,7 @@ def check(
     if files: _check_files(model, data)
 
 def _check_files(model: ModelConfig, data: DataConfig) -> None:
-    if not data.data_path: raise ValueError("`data_path` is missing: the records to train on, a JSON list or JSONL")
+    if not data.data_path: raise ValueError("`data_path` is missing: the records to train on, a JSON list, JSONL, Parquet or a folder of them")
     paths = {"data_path": data.data_path, "eval_data_path": data.eval_data_path, "image_folder": data.image_folder,
              "projector": None if model.projector == "random" else model.projector}
     for name in ("model", "language_model", "vision_tower"):        # "owner/name" may be a hub id; anything else is a path

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['PROJECTORS', 'PREFIX', 'PROJECTOR_FILE', 'llava_config', 'seeded', 'new_projector', 'add_image_token', 'build_llava',
-           'valid_generation_config', 'connect_rows', 'prepare', 'tiny_llava', 'freeze', 'parts', 'read_projector',
-           'full_shape', 'gathered', 'load_projector', 'projector_state', 'load_language_model', 'load_tower',
-           'load_llava', 'meta_llava']
+           'valid_generation_config', 'connect_rows', 'unused_layers', 'prepare', 'tiny_llava', 'freeze', 'parts',
+           'read_projector', 'full_shape', 'gathered', 'load_projector', 'projector_state', 'load_language_model',
+           'load_tower', 'load_llava', 'meta_llava']
 
-# %% ../nbs/21_llava.ipynb #9e29fd35
+# %% ../nbs/21_llava.ipynb #909f0575
 import contextlib
+from inspect import signature
 from pathlib import Path
+from types import MethodType
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
                           LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .cross_entropy import LossHead
@@ -119,28 +122,56 @@ def valid_generation_config(
     config.validate(strict=True)
     return config
 
-# %% ../nbs/21_llava.ipynb #59b4aa32
+# %% ../nbs/21_llava.ipynb #db362772
 def connect_rows(
     model: LlavaForConditionalGeneration,
 ) -> None:
-    "Let a call say `blank`: no feature reaches the text; and `loss`: the head answers with it (see `LossHead`)."
-    state, head = {"blank": False}, model.lm_head
+    "Let a call say `picture_of` (which picture stands at each `<image>`), `tower` (False: no rank has a picture) and `loss` (the head answers with it, see `LossHead`)."
+    inner, head, placed = model.model, model.lm_head, {}
+    tower = inner.vision_tower
     LossHead.over(head)
+    tower.needed, tower.forward = True, MethodType(_if_needed, tower)
     def note(module, args, kwargs):
-        state["blank"], head.asked = kwargs.pop("blank", False), kwargs.pop("loss", None)
+        placed["of"], tower.needed, head.asked = kwargs.pop("picture_of", None), kwargs.pop("tower", True), kwargs.pop("loss", None)
         return args, kwargs
-    def cut(module, args, features): # [N, F, h] -> [N, 0, h]
-        return features[:, :0] if state["blank"] else features
+    def place(module, args, features): # [P, F, h] -> [1, N x F, h]
+        of = placed.pop("of", None)
+        return features if of is None else features.index_select(0, of).flatten(0, 1)[None]
     model.register_forward_pre_hook(note, with_kwargs=True)
-    model.model.multi_modal_projector.register_forward_hook(cut)
+    inner.multi_modal_projector.register_forward_hook(place)
+
+def _if_needed(tower: nn.Module, pixel_values: torch.Tensor, *args, **kwargs):
+    "The tower's forward, or zeros of the same width."
+    if tower.needed: return type(tower).forward(tower, pixel_values, *args, **kwargs)
+    tower.needed = True
+    return BaseModelOutputWithPooling(hidden_states=_Everywhere(pixel_values.new_zeros(1, 2, tower.config.hidden_size)))
+
+class _Everywhere(tuple):
+    "A tuple that gives its only item for every index."
+    def __new__(cls, item): return super().__new__(cls, (item,))
+    def __getitem__(self, k): return super().__getitem__(0)
+
+# %% ../nbs/21_llava.ipynb #c57405a3
+def unused_layers(
+    model: LlavaForConditionalGeneration,
+) -> list[nn.Module]: # of the tower
+    "The layers behind the one whose features are used; none where the tower's build is not known."
+    tower, used = model.model.vision_tower, model.config.vision_feature_layer
+    stacks = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and len(m) == getattr(tower.config, "num_hidden_layers", None)]
+    if len(stacks) != 1 or not all(signature(type(l).forward).return_annotation in (torch.Tensor, "torch.Tensor") for l in stacks[0]): return []
+    states = len(stacks[0]) + 1                     # hidden state k is what layer k - 1 gives
+    return list(stacks[0][max(k % states for k in ([used] if isinstance(used, int) else used)):])
+
+def _hand_on(layer: nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor: return hidden_states
 
 def prepare(
     model: LlavaForConditionalGeneration, # built or loaded
 ) -> LlavaForConditionalGeneration: # the same object
-    "Attention per record, the head that gives a loss and the hook for text-only rows: what our rows need, nothing that a saved model would keep."
+    "Attention per record, the head that gives a loss, pictures put in their places, no work for nothing: what our rows need, nothing that a saved model would keep."
     model.set_attn_implementation({"text_config": register_attention()})
     model.config.use_cache = model.config.text_config.use_cache = False   # a cache would let packed records see each other
     connect_rows(model)
+    for layer in unused_layers(model): layer.forward = MethodType(_hand_on, layer)
     return model
 
 # %% ../nbs/21_llava.ipynb #5ffcf445

@@ -6,11 +6,12 @@
 __all__ = ['IGNORE_INDEX', 'SENTINEL', 'tiny_tokenizer', 'is_control', 'text_only_tokenizer', 'Encoded', 'encode_chunk',
            'Encoder']
 
-# %% ../nbs/11_masking.ipynb #374d4add
+# %% ../nbs/11_masking.ipynb #428713c9
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer
@@ -49,7 +50,7 @@ def text_only_tokenizer(
     copy.add_special_tokens([AddedToken(SENTINEL, special=True, normalized=False)])
     return copy, {copy.token_to_id(t["content"]): t["id"] for t in ordinary}
 
-# %% ../nbs/11_masking.ipynb #07ddc83b
+# %% ../nbs/11_masking.ipynb #0d518f2b
 class Encoded(NamedTuple):
     "A record as the model reads it."
     input_ids: list[int]
@@ -66,16 +67,16 @@ def encode_chunk(
     pieces = [SENTINEL if s.kind == "special" else s.text for s in segments]
     text = "".join(pieces)
     if text.count(SENTINEL[0]) != pieces.count(SENTINEL): raise ValueError(f"a text holds U+{ord(SENTINEL[0]):04X}, which no text may; remove it")
-    owner = [s for s, piece in zip(segments, pieces) for _ in piece]
+    ends = list(accumulate(map(len, pieces)))
     encoding = text_only.encode(text, add_special_tokens=False)
     ids, labels = [], []
     for token, (start, end) in zip(encoding.ids, encoding.offsets):
-        segment = owner[max(start, end - 1)]
+        segment = segments[bisect_right(ends, max(start, end - 1))]
         ids.append(special_ids[segment.text] if segment.kind == "special" else renumber.get(token, token))
         labels.append(ids[-1] if segment.learned else IGNORE_INDEX)
     return ids, labels
 
-# %% ../nbs/11_masking.ipynb #fa2834f0
+# %% ../nbs/11_masking.ipynb #6d3f9d82
 class Encoder:
     "Segments to token ids and labels, with any fast tokenizer."
     def __init__(self,
@@ -111,7 +112,7 @@ class Encoder:
         specials = {s.text: self._special_id(s.text) for s in segments if s.kind == "special"}
         ids, labels = encode_chunk(self.text_only, segments, specials, self.renumber)
         controls = self.control_ids.union(specials.values())
-        if sum(i in controls for i in ids) != sum(s.kind == "special" for s in segments):
+        if sum(map(controls.__contains__, ids)) != sum(s.kind == "special" for s in segments):
             raise ValueError(f"a record's text became a special token ({[self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in controls]}); this tokenizer's vocabulary spells it from ordinary pieces")
         return ids, labels
 

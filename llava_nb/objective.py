@@ -30,8 +30,8 @@ def token_weights(
             "sqrt": lambda n: 1 / (n ** .5 * sum(c ** .5 for c in counts))}[objective]
     return [[rule(n) if n else 0.0 for n in m] for m in micro_batches]
 
-# %% ../nbs/22_objective.ipynb #c5afdee5
-FORWARD_KEYS = ("input_ids", "position_ids", "pixel_values", "blank", "logits_to_keep")
+# %% ../nbs/22_objective.ipynb #8b34fdcd
+FORWARD_KEYS = ("input_ids", "position_ids", "pixel_values", "picture_of", "tower", "logits_to_keep")
 
 def row_loss(
     model: torch.nn.Module, # LlavaForConditionalGeneration after `llava.prepare`, or an engine around one
@@ -41,9 +41,9 @@ def row_loss(
 ) -> torch.Tensor: # scalar: this row's part of the step's loss
     "The weighted loss of one packed row."
     loss = row["targets"], row["loss_weights"], text_vocab_size, image_token_id
-    return model(**{k: row[k] for k in FORWARD_KEYS}, loss=loss, use_cache=False).logits
+    return model(**{k: row[k] for k in FORWARD_KEYS if k in row}, loss=loss, use_cache=False).logits
 
-# %% ../nbs/22_objective.ipynb #b4482223
+# %% ../nbs/22_objective.ipynb #0efb5fd0
 def padded_loss(
     model: torch.nn.Module, # LlavaForConditionalGeneration
     batch: dict, # from `collate_padded`
@@ -51,7 +51,7 @@ def padded_loss(
     image_token_id: int, # id of `<image>`
 ) -> torch.Tensor: # scalar
     "The same loss over a padded batch."
-    forward = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "blank")}
+    forward = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "picture_of")}
     logits = model(**forward, use_cache=False).logits[:, :-1]
     learned = batch["loss_weights"][:, 1:] != 0
     return weighted_cross_entropy(text_logits(logits[learned], text_vocab_size, image_token_id), batch["labels"][:, 1:][learned], batch["loss_weights"][:, 1:][learned])

@@ -28,7 +28,7 @@ def learned_positions(
     "Positions of one record at which a logit is needed."
     return (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
 
-# %% ../nbs/15_packing.ipynb #acfad786
+# %% ../nbs/15_packing.ipynb #9652a9c7
 def _token_weights(samples: Sequence[dict], counts: list[int]) -> torch.Tensor:
     if any("weight" in s for s in samples):
         each = [float(s["weight"]) for s in samples]
@@ -36,25 +36,24 @@ def _token_weights(samples: Sequence[dict], counts: list[int]) -> torch.Tensor:
         each = [1 / max(sum(counts), 1)] * len(samples)
     return torch.cat([torch.full((n,), w) for n, w in zip(counts, each)])
 
-def _pictures(samples: Sequence[dict], image_shape: tuple[int, int, int]) -> tuple[torch.Tensor, bool]:
-    pictures = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
-    return (torch.stack(pictures), False) if pictures else (torch.zeros(1, *image_shape), True)
+def _pictures(samples: Sequence[dict], image_shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    shown = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
+    each = {id(p): p for p in shown}                # the dataset gives one tensor for one picture
+    place = {key: k for k, key in enumerate(each)}
+    return {"pixel_values": torch.stack([*each.values()]) if each else torch.zeros(1, *image_shape), "picture_of": torch.tensor([place[id(p)] for p in shown], dtype=torch.long)}
 
-# %% ../nbs/15_packing.ipynb #8561c58a
+# %% ../nbs/15_packing.ipynb #2f16d7dc
 def collate_packed(
     samples: Sequence[dict], # each `input_ids` [L], `labels` [L], `pixel_values` [3, H, W] or None, maybe `weight`
     image_shape: tuple[int, int, int] = (3, 336, 336), # of the blank picture of a row without one
-) -> dict: # `input_ids`, `position_ids` [1, T], `pixel_values` [N, 3, H, W], `blank`, `logits_to_keep`, `targets`, `loss_weights` [S]
+) -> dict: # `input_ids`, `position_ids` [1, T], `pixel_values` [P, 3, H, W], `picture_of` [N], `logits_to_keep`, `targets`, `loss_weights` [S]
     "Lay the samples end to end in one row; keep what the loss needs and nothing else."
     lengths = [len(s["input_ids"]) for s in samples]
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
     keep = [learned_positions(s["labels"]) for s in samples]
-    pixel_values, blank = _pictures(samples, image_shape)
-    return {
+    return _pictures(samples, image_shape) | {
         "input_ids": torch.cat([s["input_ids"] for s in samples])[None],
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "pixel_values": pixel_values,
-        "blank": blank,
         "logits_to_keep": torch.cat([start + k for start, k in zip(starts, keep)]),
         "targets": torch.cat([s["labels"][k + 1] for s, k in zip(samples, keep)]),
         "loss_weights": _token_weights(samples, [len(k) for k in keep]),
@@ -167,12 +166,12 @@ def micro_steps_for(
             while max(int(plan.lengths[step[row]].sum()) for row in deal(costs[step], plan.world_size * found)) > max_tokens: found += 1
     return found
 
-# %% ../nbs/15_packing.ipynb #20b96f8e
+# %% ../nbs/15_packing.ipynb #a57f5456
 def collate_padded(
     samples: Sequence[dict], # as for `collate_packed`
     image_shape: tuple[int, int, int] = (3, 336, 336), # of the blank picture of a batch without one
     pad_id: int = 0, # id at padded positions; the mask hides it
-) -> dict: # `input_ids`, `attention_mask`, `labels`, `loss_weights` [B, T], `pixel_values` [N, 3, H, W], `blank`
+) -> dict: # `input_ids`, `attention_mask`, `labels`, `loss_weights` [B, T], `pixel_values` [P, 3, H, W], `picture_of` [N]
     "The same samples as a padded batch, as the reference lays them out."
     lengths = torch.tensor([len(s["input_ids"]) for s in samples])
     labels = pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE_INDEX)
@@ -181,9 +180,8 @@ def collate_padded(
     shifted = torch.zeros(labels.shape, dtype=torch.bool)
     shifted[:, 1:] = labels[:, 1:] != IGNORE_INDEX
     weights[shifted] = _token_weights(samples, counts)
-    pixel_values, blank = _pictures(samples, image_shape)
-    return {
+    return _pictures(samples, image_shape) | {
         "input_ids": pad_sequence([s["input_ids"] for s in samples], batch_first=True, padding_value=pad_id),
         "attention_mask": (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long(),
-        "labels": labels, "loss_weights": weights, "pixel_values": pixel_values, "blank": blank,
+        "labels": labels, "loss_weights": weights,
     }

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'PUBLISHED', 'MEASURED', 'USAGE', 'Run', 'parse', 'check_training', 'training_fields', 'training_arguments',
-           'start_folder', 'assemble', 'Pieces', 'build', 'check_length', 'found_config', 'load_model', 'loss_line',
-           'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'architecture', 'dry_model', 'mean_length',
-           'size_of_data', 'steps_of_epoch', 'dry_run', 'help_text', 'main', 'program']
+           'start_folder', 'assemble', 'Pieces', 'build', 'reading', 'check_length', 'found_config', 'load_model',
+           'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'architecture', 'dry_model',
+           'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import sys
@@ -14,13 +14,14 @@ from pathlib import Path
 if __name__ == "__main__" and "__file__" in globals():      # run as a file: the repository, not llava_nb/, comes first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# %% ../nbs/90_train.ipynb #d90bccc3
+# %% ../nbs/90_train.ipynb #26dcf598
 import argparse
 import dataclasses
 import importlib.resources
 import json
 import math
 import os
+import random
 import time
 from typing import NoReturn
 
@@ -174,7 +175,7 @@ def _unpartitioned():
         finally: integration._hf_deepspeed_config_weak_ref = kept
     return off()
 
-# %% ../nbs/90_train.ipynb #7b86b7bf
+# %% ../nbs/90_train.ipynb #3e7b854d
 @dataclasses.dataclass
 class Pieces:
     "What a Trainer is made of."
@@ -191,18 +192,28 @@ def build(
     "Tokenizer, records, model, in that order: bad records are found before weights are read."
     vision.register_towers()
     for name in filter(None, (run.model.model, run.model.language_model, run.model.vision_tower)): found_config(name)
-    found_records = [records.load_records(path) if path else None for path in (run.data.data_path, run.data.eval_data_path)]
-    start = start_folder(run, args.output_dir, args.seed)
-    tokenizer, processor = transformers.AutoTokenizer.from_pretrained(start), vision.image_processor_for(start)
-    found = transformers.AutoConfig.from_pretrained(start)
+    tokenizer, image_token_id, features = reading(run.model)
     template = conversation.get_template(run.data.template, tokenizer)
-    check_length(run, found.image_seq_length)
-    encoder = masking.Encoder(tokenizer, found.image_token_id, found.image_seq_length, run.data.model_max_length)
+    check_length(run, features)
+    encoder = masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length)
+    processor = vision.image_processor_for(run.model.model or run.model.vision_tower)
     transform = imageproc.ImageTransform(processor, run.data.image_aspect_ratio, run.data.apply_exif)
-    def dataset(found):
-        return records.LlavaDataset(found, template, encoder, transform, run.data.image_folder, run.data.bad_records)
-    train, held_out = [None if found is None else dataset(found) for found in found_records]
-    return Pieces(load_model(run, args, start), tokenizer, processor, train, held_out)
+    def dataset(path: str) -> records.LlavaDataset:
+        return records.LlavaDataset(path, template, encoder, transform, run.data.image_folder, run.data.bad_records, run.data.records_cache)
+    train, held_out = [path and dataset(path) for path in (run.data.data_path, run.data.eval_data_path)]
+    return Pieces(load_model(run, args, start_folder(run, args.output_dir, args.seed)), tokenizer, processor, train, held_out)
+
+def reading(
+    m: config.ModelConfig,
+) -> tuple[transformers.PreTrainedTokenizerBase, int, int]: # the tokenizer, `<image>`'s id in it, features of an image
+    "How the model will read, known without its weights."
+    tokenizer = transformers.AutoTokenizer.from_pretrained(m.model or m.language_model)
+    if m.model:
+        found = transformers.AutoConfig.from_pretrained(m.model)
+        return tokenizer, found.image_token_id, found.image_seq_length
+    try: features = vision.feature_count(vision.load_vision_config(m.vision_tower), m.vision_feature_layer, m.vision_feature_select_strategy)
+    except IndexError: raise ValueError(f"vision_feature_layer {m.vision_feature_layer}: {m.vision_tower} has no such hidden state") from None
+    return tokenizer, llava.add_image_token(tokenizer), features
 
 def check_length(
     run: Run,
@@ -307,7 +318,7 @@ def _write_down(run: Run, args, pieces: Pieces) -> None:
         pieces.dataset.write_quarantine(out / "quarantine.jsonl")
         print(f"{len(pieces.dataset.quarantined):,} bad records left out, listed in {out / 'quarantine.jsonl'}", flush=True)
 
-# %% ../nbs/90_train.ipynb #6c88af9c
+# %% ../nbs/90_train.ipynb #e6711dff
 SHIPPED = {"lmsys/vicuna-7b-v1.5": "vicuna-7b-v1.5", "lmsys/vicuna-13b-v1.5": "vicuna-13b-v1.5", "openai/clip-vit-large-patch14-336": "clip-vit-large-patch14-336"}
 PUBLISHED = {1: (558_128, 617), 2: (665_298, 854)}       # records of LLaVA-1.5's two stages, and modelled tokens of one
 
@@ -338,14 +349,14 @@ MEASURED = 2_000            # records that a dry run encodes to learn their leng
 
 def mean_length(
     run: Run,
-    found: list[dict], # records
+    sample: list[dict], # records
     features: int, # of an image
 ) -> tuple[float, str]: # tokens of one record, how we know
     "Tokens of a record: encoded where the tokenizer is at hand, else estimated from words."
     try: tokenizer = transformers.AutoTokenizer.from_pretrained(run.model.model or run.model.language_model, local_files_only=True)
-    except (OSError, ValueError): return float(records.estimate_lengths(found, image_seq_len=features).mean()), "tokens estimated from words, there is no tokenizer"
+    except (OSError, ValueError): return float(records.estimate_lengths(sample, image_seq_len=features).mean()), f"tokens estimated from words, of {len(sample):,} of them: there is no tokenizer"
     template, encoder = conversation.get_template(run.data.template, tokenizer), masking.Encoder(tokenizer, len(tokenizer), features, run.data.model_max_length)
-    sizes, sample = [], found[::math.ceil(len(found) / MEASURED)]
+    sizes = []
     for record in sample:
         try: sizes.append(len(records.encode(record, template, encoder).input_ids))
         except ValueError: pass            # a dry run counts; the run itself names bad records
@@ -355,12 +366,16 @@ def size_of_data(
     run: Run,
     features: int, # of an image
 ) -> tuple[int, float, str, list[bool] | None]: # records, tokens of one, how we know, which have a picture
-    "How much there is to train on."
+    "How much there is to train on; of the records, a fair sample is held in memory."
     if not (run.data.data_path and Path(run.data.data_path).exists()):
         return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None
-    found = records.load_records(run.data.data_path)
-    tokens, how = mean_length(run, found, features)
-    return len(found), tokens, f"records counted, {how}", ["image" in r for r in found]
+    has_image, sample, rng = [], [], random.Random(0)
+    for n, record in enumerate(records.read_records(run.data.data_path)):
+        has_image.append("image" in record)
+        k = n if n < MEASURED else rng.randrange(n + 1)         # reservoir sampling
+        if k < MEASURED: sample[k:k + 1] = [record]
+    tokens, how = mean_length(run, sample, features)
+    return len(has_image), tokens, f"records counted, {how}", has_image
 
 def steps_of_epoch(
     args: argparse.Namespace, # see `training_fields`

@@ -54,7 +54,7 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.deepspeed or world_size() > 1: init_distributed()
         super().__post_init__()
 
-# %% ../nbs/33_trainer.ipynb #495cd2ff
+# %% ../nbs/33_trainer.ipynb #09aed60b
 class PlanSampler(Sampler):
     "One rank's packed rows of (record, loss weight of its learned tokens), step by step of a plan."
     def __init__(self,
@@ -101,6 +101,9 @@ class WeightedDataset(Dataset):
     def __init__(self, dataset: Dataset): self.dataset = dataset
     def __len__(self) -> int: return len(self.dataset)
     def __getitem__(self, item: tuple[int, float]) -> dict: return self.dataset[item[0]] | {"weight": item[1]}
+    def __getitems__(self, row: list[tuple[int, float]]) -> list[dict]: # each picture of a row is read once
+        samples = self.dataset.__getitems__([i for i, _ in row])
+        return [s | {"weight": w} for s, (_, w) in zip(samples, row)]
 
 # %% ../nbs/33_trainer.ipynb #1e4c702e
 def plan_sampler(
@@ -168,7 +171,7 @@ class MeteredTrainer(Trainer):
             self.logged = self._now()
         super().log(logs, start_time)
 
-# %% ../nbs/33_trainer.ipynb #aa60c986
+# %% ../nbs/33_trainer.ipynb #d8d6e313
 class LlavaTrainer(MeteredTrainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
@@ -215,7 +218,8 @@ class LlavaTrainer(MeteredTrainer):
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         "This rank's part of the step's weighted loss, scaled for the engines' mean over ranks."
-        loss = row_loss(model, inputs, self.settings["text_vocab_size"], self.model.config.image_token_id)
+        alone = model.training and self.plan_sampler.plan.mode == "modality" and not len(inputs["picture_of"])      # then no rank has a picture
+        loss = row_loss(model, inputs | {"tower": not alone}, self.settings["text_vocab_size"], self.model.config.image_token_id)
         if model.training:
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss

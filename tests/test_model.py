@@ -4,11 +4,11 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llava_nb.checkpoint import save_llava, save_projector
 from llava_nb.cross_entropy import chunked_cross_entropy, text_logits, weighted_cross_entropy
-from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, parts, projector_state, tiny_llava
+from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, parts, projector_state, tiny_llava, unused_layers
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
 from llava_nb.optim import parameter_groups
@@ -226,3 +226,46 @@ def test_chunked_cross_entropy_in_bf16_sums_in_float32():
     weighted_cross_entropy(hidden.float() @ exact.T, targets, weights).backward()
     chunked_cross_entropy(hidden, weight, None, targets, weights, 64, 64, chunk=64).backward()
     assert (weight.grad.float() - exact.grad).abs().max() < .01 * exact.grad.abs().max()
+
+
+def calls_of(module) -> list:
+    seen = []
+    module.register_forward_hook(lambda m, args, out: seen.append(1))
+    return seen
+
+
+def test_a_picture_that_several_records_show_goes_through_the_tower_once_and_changes_nothing():
+    model = tiny_llava(tiny_tokenizer()); freeze(model, 2)
+    found = samples(model)
+    found[3]["pixel_values"] = found[0]["pixel_values"]
+    shared, apart = collate_packed(found, SHAPE), collate_packed([s | {"pixel_values": None if s["pixel_values"] is None else s["pixel_values"].clone()} for s in found], SHAPE)
+    assert len(shared["pixel_values"]) == len(apart["pixel_values"]) - 1 and shared["picture_of"].tolist() == [0, 1, 0, 2]
+    assert_equal(loss_and_gradients(model, row_loss, shared), loss_and_gradients(model, row_loss, apart))
+
+
+def test_a_tower_that_no_rank_needs_is_not_run_and_the_projector_gets_its_zero():
+    model = tiny_llava(tiny_tokenizer()); freeze(model, 2)
+    row, seen = collate_packed([sample(model, False, 9, 0), sample(model, False, 20, 1)], SHAPE), calls_of(model.model.vision_tower.encoder.layers[0] if hasattr(model.model.vision_tower, "encoder") else model.model.vision_tower.vision_model.encoder.layers[0])
+    run, skipped = loss_and_gradients(model, row_loss, row | {"tower": True}), loss_and_gradients(model, row_loss, row | {"tower": False})
+    assert len(seen) == 1
+    assert_equal(run, skipped, 0)
+    projector = [g for n, g in skipped[1].items() if "projector" in n]
+    assert len(projector) == 4 and not any(g.any() for g in projector)
+    row_loss(model, collate_packed(samples(model), SHAPE), 2048, model.config.image_token_id)
+    assert len(seen) == 2                                        # the next row has its tower again
+
+
+def test_layers_behind_the_used_one_are_not_computed_but_kept(model, tmp_path):
+    unused = unused_layers(model)
+    assert len(unused) == 1                                      # features of the last layer but one
+    pixels = torch.randn(2, *SHAPE)
+    ours = model.get_image_features(pixels).pooler_output
+    for p in unused[0].parameters(): p.data.fill_(float("nan"))  # read by nobody
+    assert all(torch.equal(a, b) for a, b in zip(ours, model.get_image_features(pixels).pooler_output))
+    for p in unused[0].parameters(): p.data.normal_()
+    save_llava(model, tmp_path, tiny_tokenizer(), CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}))
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs = plain.model.get_image_features(pixels).pooler_output
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs))
+    kept, saved = unused[0].state_dict(), plain.state_dict()
+    assert all(any(k.endswith(n) and torch.equal(v, w) for k, w in saved.items() if "vision_tower" in k) for n, v in kept.items())

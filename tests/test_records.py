@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform, load_image, pad_to_square
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
-from llava_nb.records import LlavaDataset, load_records
+from llava_nb.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, read_records
 
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 256)
 CLIP = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
@@ -28,7 +28,7 @@ def dataset(records, folder=None, **kw):
                                            ('{"data": []}', "not a list of records"), ('{"conversations": []}\nnope', "line 2 is not JSON")])
 def test_a_file_that_is_no_list_of_records(tmp_path, text, message):
     (tmp_path / "d.json").write_text(text)
-    with pytest.raises(ValueError, match=message) as e: load_records(tmp_path / "d.json")
+    with pytest.raises(ValueError, match=message) as e: list(read_records(tmp_path / "d.json"))
     assert str(tmp_path / "d.json") in str(e.value)
 
 
@@ -36,10 +36,10 @@ def test_json_jsonl_bom_and_latin1(tmp_path):
     records = [record("a"), record("b")]
     (tmp_path / "a.json").write_text(json.dumps(records), encoding="utf-8-sig")
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
-    assert load_records(tmp_path / "a.json") == load_records(tmp_path / "a.jsonl") == records
+    assert list(read_records(tmp_path / "a.json")) == list(read_records(tmp_path / "a.jsonl")) == records
     (tmp_path / "l.json").write_bytes('[{"a": "é"}]'.encode("latin-1"))
-    with pytest.raises(ValueError, match="not UTF-8 at byte 8"): load_records(tmp_path / "l.json")
-    with pytest.raises(FileNotFoundError): load_records(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="not UTF-8 at byte 8"): list(read_records(tmp_path / "l.json"))
+    with pytest.raises(FileNotFoundError): list(read_records(tmp_path / "none.json"))
 
 
 def test_lengths_and_items_agree(tmp_path):
@@ -62,7 +62,7 @@ def test_every_problem_is_named_and_nothing_is_lost(tmp_path):
     lines = str(e.value).splitlines()
     assert lines[0].startswith(f"{len(records) - 1} of {len(records)} records") and all(f"(id {k})" in str(e.value) for k in bad)
     kept = dataset(records, tmp_path, bad_records="skip")
-    assert len(kept) + len(kept.quarantined) == len(records) and kept.records == [records[0]]
+    assert len(kept) + len(kept.quarantined) == len(records) and list(kept.records) == [records[0]]
     kept.write_quarantine(tmp_path / "q.jsonl")
     assert [json.loads(l)["index"] for l in (tmp_path / "q.jsonl").read_text().splitlines()] == list(range(1, len(records)))
 
@@ -73,7 +73,7 @@ def test_many_problems_are_capped_in_print_and_counted(tmp_path):
 
 def test_a_picture_that_cannot_be_decoded_names_file_and_record(tmp_path):
     (tmp_path / "x.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"x\.png: cannot be decoded.*record 0 \(id a\)"): dataset([record("a", "x.png")], tmp_path)[0]
+    with pytest.raises(ValueError, match=r"record 0 \(id a\).*x\.png: cannot be decoded"): dataset([record("a", "x.png")], tmp_path)[0]
 
 
 @pytest.mark.parametrize("aspect", ["square", "pad"])
@@ -100,7 +100,7 @@ def test_exif_is_applied_only_if_asked(tmp_path):
 def test_line_separators_inside_a_text_do_not_cut_a_jsonl_line(tmp_path):
     records = [record("a", answer="one\u2028two\x85three\x0cfour"), record("b")]
     (tmp_path / "a.jsonl").write_text("\r\n".join(json.dumps(r, ensure_ascii=False) for r in records), encoding="utf-8")
-    assert load_records(tmp_path / "a.jsonl") == records
+    assert list(read_records(tmp_path / "a.jsonl")) == records
 
 
 def test_paths_and_ids_that_the_system_refuses_are_problems_and_not_crashes(tmp_path):

@@ -1,0 +1,142 @@
+"""The Arrow file of records: what a list would hold, made once, by any number of processes, stopped and gone on with."""
+import json
+import os
+import pickle
+import random
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+from transformers import CLIPImageProcessorPil
+
+import llava_nb.records as records
+from llava_nb.conversation import get_template
+from llava_nb.imageproc import ImageTransform
+from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, read_records
+
+ENCODER, V1 = Encoder(tiny_tokenizer(), 2048, 16, 256), get_template("v1")
+GATE = Gate(V1, ENCODER)
+
+
+def record(k: int, image=None, answer="A fox.") -> dict:
+    said = [{"from": "human", "value": ("<image>\n" if image else "") + f"What is {k}?"}, {"from": "gpt", "value": answer}]
+    return {"id": k, **({"image": image} if image else {}), "conversations": said}
+
+
+def some(n: int) -> list[dict]: return [record(k, answer=f"Number {k}, \u00e9\u2028 {'and so on ' * (k % 7)}" if k % 50 else " ") for k in range(n)]
+
+
+def written(path, found, **kw): path.write_text(json.dumps(found, **kw), encoding="utf-8"); return path
+
+
+def messages(found: Records) -> list[tuple]: return [(p.index, p.id, p.message) for p in found.problems]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 4096])
+@pytest.mark.parametrize("style", [{}, {"indent": 1}, {"ensure_ascii": False, "separators": (",", ":")}])
+def test_a_list_read_through_any_window_is_the_list(tmp_path, monkeypatch, size, style):
+    pieces = records._pieces
+    monkeypatch.setattr(records, "_pieces", lambda path: pieces(path, size))
+    odd = [{"a": [1, {"b": "]},["}], "c": "\\\" é \U0001f98a"}, 12, -3.5e7, "text", None, [], {}, True] + some(3)
+    assert list(read_records(written(tmp_path / "a.json", odd, **style))) == odd
+    assert list(read_records(written(tmp_path / "b.json", [], **style))) == []
+    (tmp_path / "c.jsonl").write_text("\n\r\n".join(json.dumps(r, ensure_ascii=False) for r in odd), encoding="utf-8")
+    assert list(read_records(tmp_path / "c.jsonl")) == odd
+
+
+def test_errors_of_a_damaged_list_are_placed_as_the_standard_library_places_them(tmp_path, monkeypatch):
+    pieces, rng, text, seen = records._pieces, random.Random(0), json.dumps(some(6), indent=1), 0
+    for k in range(200):
+        at, size = rng.randrange(1, len(text)), rng.choice((3, 50, 5000))
+        damaged = text[:at] if k % 3 == 0 else text[:at] + rng.choice('x}],:"{') + text[at + 1:]
+        (tmp_path / "d.json").write_text(damaged, encoding="utf-8")
+        monkeypatch.setattr(records, "_pieces", lambda path: pieces(path, size))
+        try: right = json.loads(damaged)
+        except json.JSONDecodeError as e:
+            with pytest.raises(ValueError, match="not JSON at line") as found: list(read_records(tmp_path / "d.json"))
+            if e.msg not in ("Expecting value", "Expecting ',' delimiter"): assert f"line {e.lineno}, column {e.colno} (character {e.pos:,} " in str(found.value), (damaged[at - 20:at + 20], e)
+            seen += 1
+        else: assert list(read_records(tmp_path / "d.json")) == right
+    assert seen > 100
+
+
+def test_files_of_every_kind_and_a_folder_of_them_give_the_same_records(tmp_path):
+    good = [record(k, None if k % 2 else f"{k}.png") for k in range(9)]
+    parquet.write_table(pa.Table.from_pylist(good), tmp_path / "b.parquet")
+    assert list(read_records(tmp_path / "b.parquet")) == good
+    written(tmp_path / "a.json", good[:4]); (tmp_path / "c.jsonl").write_text(json.dumps(good[4]) + "\n")
+    (tmp_path / "notes.txt").write_text("no data")
+    assert list(read_records(tmp_path)) == good[:4] + good + good[4:5]
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:200])
+    with pytest.raises(ValueError, match="b.parquet: not a whole Parquet file"): list(read_records(tmp_path / "b.parquet"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no .json"): data_files(tmp_path / "empty")
+
+
+def test_a_conversion_holds_what_a_list_holds(tmp_path):
+    found = some(300) + ["text", None, {"id": "x\ud83d"}]
+    a, b = Records.of(found, GATE), Records.from_files(written(tmp_path / "a.json", found), GATE, tmp_path / "cache")
+    assert list(a) == list(b) == [r for k, r in enumerate(found) if k % 50 and k < 300] and messages(a) == messages(b) and len(a.problems) == 9
+    assert all((a.column(c) == b.column(c)).all() for c in ("length", "supervised", "words", "image"))
+    assert {p.file for p in b.problems} == {str(tmp_path / "a.json")}
+
+
+def test_processes_change_nothing(tmp_path):
+    data = written(tmp_path / "a.json", some(3 * BLOCK + 5))
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        convert([data], GATE, tmp_path / str(workers), workers)
+    one, two = ((tmp_path / w / name).read_bytes() for w in "12" for name in ["records.arrow"])
+    assert one == two and (tmp_path / "1" / "problems.jsonl").read_bytes() == (tmp_path / "2" / "problems.jsonl").read_bytes()
+
+
+def test_a_stopped_conversion_goes_on_after_the_last_whole_block(tmp_path, monkeypatch):
+    data, asked = written(tmp_path / "a.json", some(3 * BLOCK)), []
+    class Stops(Gate):
+        def __call__(self, rows, first=0, file=0):
+            if first >= stop: raise KeyboardInterrupt
+            asked.append(first); return super().__call__(rows, first, file)
+    gate, stop = Stops(V1, ENCODER), 2 * BLOCK
+    with pytest.raises(KeyboardInterrupt): Records.from_files(data, gate, tmp_path / "cache", workers=1)
+    parts = sorted((tmp_path / "cache").glob("*/parts/*.arrow"))
+    assert len(parts) == 2
+    parts[0].write_bytes(parts[0].read_bytes()[:-40])        # and one of the blocks was cut by a power failure
+    asked.clear(); stop = 10**9
+    again = Records.from_files(data, gate, tmp_path / "cache", workers=1)
+    assert asked == [0, 2 * BLOCK] and list(again) == list(Records.of(some(3 * BLOCK), GATE))
+    assert not list((tmp_path / "cache").glob("*/parts"))
+
+
+def test_a_conversion_is_used_again_exactly_as_long_as_nothing_changed(tmp_path):
+    data, folder = written(tmp_path / "a.json", some(20)), lambda gate=GATE: Records.from_files(data, gate, tmp_path / "cache").folder
+    first = folder(); stamp = os.stat(first / "records.arrow").st_mtime_ns
+    os.utime(data); assert folder() == first and os.stat(first / "records.arrow").st_mtime_ns == stamp
+    added = tiny_tokenizer(); added.add_tokens(["fox"])
+    others = {folder(Gate(get_template("llava_llama_2"), ENCODER)), folder(Gate(V1, Encoder(tiny_tokenizer(), 2048, 16, 255))), folder(Gate(V1, Encoder(added, 2048, 16, 256)))}
+    written(data, some(21)); others |= {first, folder()}
+    assert len(others) == 5
+
+
+def test_pictures_that_go_and_come_are_seen_at_the_next_start(tmp_path):
+    data = written(tmp_path / "a.json", [record(0, "sub/x.png"), record(1), record(2, "sub/y.png")])
+    (tmp_path / "sub").mkdir(); Image.new("RGB", (8, 8)).save(tmp_path / "sub" / "x.png")
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    def start(**kw): return LlavaDataset(data, V1, ENCODER, ImageTransform(clip, "pad"), tmp_path, cache=tmp_path / "cache", **kw)
+    with pytest.raises(ValueError, match=r"1 of 3 .*\n.*a\.json: record 2 \(id 2\): image: 'sub/y.png' is not a file"): start()
+    kept = start(bad_records="skip")
+    assert [r["id"] for r in kept.records] == [0, 1] and kept.has_image.tolist() == [True, False] and kept[0]["pixel_values"] is not None
+    assert [r["id"] for r in pickle.loads(pickle.dumps(kept)).records] == [0, 1]
+    Image.new("RGB", (8, 8)).save(tmp_path / "sub" / "y.png")
+    assert len(start()) == 3
+
+
+def test_another_process_gets_a_path_and_not_the_records(tmp_path):
+    found = Records.from_files(written(tmp_path / "a.json", some(500)), GATE, tmp_path / "cache")
+    assert len(pickle.dumps(found)) < 500 and list(pickle.loads(pickle.dumps(found))) == list(found)
+
+
+def test_no_place_for_the_conversion_is_told_with_the_setting(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="--records_cache"): Records.from_files(written(tmp_path / "a.json", some(2)), GATE, tmp_path / "file")
