@@ -14,7 +14,7 @@ from pathlib import Path
 if __name__ == "__main__" and "__file__" in globals():      # run as a file: the repository, not llava_nb/, comes first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# %% ../nbs/90_train.ipynb #26dcf598
+# %% ../nbs/90_train.ipynb #e6ee01e0
 import argparse
 import dataclasses
 import importlib.resources
@@ -30,6 +30,7 @@ import transformers
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+import llava_nb.attention as attention
 import llava_nb.checkpoint as checkpoint
 import llava_nb.config as config
 import llava_nb.conversation as conversation
@@ -44,7 +45,7 @@ import llava_nb.trainer as trainer
 import llava_nb.vision as vision
 import llava_nb.zero as zero
 
-# %% ../nbs/90_train.ipynb #cb6a9197
+# %% ../nbs/90_train.ipynb #90031a89
 @dataclasses.dataclass
 class Run:
     "A complete, typed configuration."
@@ -80,7 +81,7 @@ def check_training(
     def refuse(when: bool, message: str):
         if when: raise ValueError(message)
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("zero", args.zero, (0, 1, 2, 3)),
+    for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("recompute", args.recompute, llava.RECOMPUTE), ("zero", args.zero, (0, 1, 2, 3)),
                                ("eval_strategy", evaluates, ("no", "steps", "epoch"))):
         refuse(value is not None and value not in known, f"{name} {value!r} is unknown; use one of {', '.join(map(str, known))}")
     for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("max_tokens", args.max_tokens), ("threads", run.run.threads)):
@@ -175,7 +176,7 @@ def _unpartitioned():
         finally: integration._hf_deepspeed_config_weak_ref = kept
     return off()
 
-# %% ../nbs/90_train.ipynb #3e7b854d
+# %% ../nbs/90_train.ipynb #0d165784
 @dataclasses.dataclass
 class Pieces:
     "What a Trainer is made of."
@@ -239,6 +240,8 @@ def load_model(
     model = llava.load_llava(start, dtype)
     llava.freeze(model, args.stage)
     if run.model.projector not in (None, "random"): llava.load_projector(model, run.model.projector)
+    used = attention.use_attention(model, run.model.attention, args.device, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
+    if args.process_index == 0: print(f"attention: {used}" + (" (auto)" if run.model.attention == "auto" else ""), flush=True)
     model.config.llava_nb |= {"template": run.data.template, "image_aspect_ratio": run.data.image_aspect_ratio}
     return model
 

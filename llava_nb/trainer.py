@@ -6,7 +6,7 @@
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
            'MeteredTrainer', 'LlavaTrainer']
 
-# %% ../nbs/33_trainer.ipynb #e131d7be
+# %% ../nbs/33_trainer.ipynb #328824c6
 import math
 import resource
 import sys
@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .checkpoint import load_weights, save_llava, save_projector
+from .llava import set_recompute
 from .meter import Meter, ModelShape, Work, device_rates, shape_of, work_of
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
@@ -28,7 +29,7 @@ from .packing import PackedCollator, RowCost, deal, micro_steps_for
 from .sampler import Plan
 from .zero import deepspeed_config, fetch_whole_layers, init_distributed, read_deepspeed_config, world_size
 
-# %% ../nbs/33_trainer.ipynb #a2962785
+# %% ../nbs/33_trainer.ipynb #f5746dda
 @dataclass
 class LlavaTrainingArguments(TrainingArguments):
     "transformers' TrainingArguments with LLaVA's defaults and its own fields."
@@ -37,6 +38,7 @@ class LlavaTrainingArguments(TrainingArguments):
     sampler: str | None = field(default=None, metadata={"help": "'modality': steps of one modality, balanced lengths (stage 2); 'random' (stage 1); 'compat': the reference's order."})
     objective: str = field(default="reference", metadata={"help": "Which mean the loss is: 'reference', 'token', 'sample' or 'sqrt'."})
     max_tokens: int | None = field(default=None, metadata={"help": "Longest packed row in tokens; the fewest micro-steps that keep below it are chosen. None: as many as gradient_accumulation_steps."})
+    recompute: str | None = field(default=None, metadata={"help": "What the backward pass computes again to save memory: 'none', 'cheap' (norms and activations) or 'full' (whole layers). None: full with --gradient_checkpointing, else none."})
     zero: int | None = field(default=None, metadata={"help": "ZeRO stage 0, 1, 2 or 3; None: no DeepSpeed, unless --deepspeed names a JSON."})
     offload: bool = field(default=False, metadata={"help": "Keep optimizer state (and weights under ZeRO-3) in host memory."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: no clipping, as LLaVA's published recipe."})
@@ -47,6 +49,8 @@ class LlavaTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
 
     def __post_init__(self):
+        self.recompute = self.recompute or ("full" if self.gradient_checkpointing else "none")
+        self.gradient_checkpointing = False           # `set_recompute` does it, with torch's non-reentrant kind
         self.sampler = self.sampler or ("random" if self.stage == 1 else "modality")
         if isinstance(self.deepspeed, str): self.deepspeed = read_deepspeed_config(self.deepspeed, self.max_grad_norm)
         elif self.zero is not None: self.deepspeed = deepspeed_config(self.zero, self.max_grad_norm, self.offload)
@@ -171,7 +175,7 @@ class MeteredTrainer(Trainer):
             self.logged = self._now()
         super().log(logs, start_time)
 
-# %% ../nbs/33_trainer.ipynb #d8d6e313
+# %% ../nbs/33_trainer.ipynb #df072ffe
 class LlavaTrainer(MeteredTrainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
@@ -185,6 +189,7 @@ class LlavaTrainer(MeteredTrainer):
     ):
         shape = (3, *[model.config.vision_config.image_size] * 2)
         sizes = shape_of(model)
+        set_recompute(model, args.recompute)
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
         self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=PackedCollator(shape),

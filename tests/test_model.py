@@ -6,13 +6,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
+from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.checkpoint import save_llava, save_projector
 from llava_nb.cross_entropy import chunked_cross_entropy, text_logits, weighted_cross_entropy
 from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, parts, projector_state, tiny_llava, unused_layers
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
 from llava_nb.optim import parameter_groups
-from llava_nb.packing import collate_packed, collate_padded, record_lengths
+from llava_nb.packing import collate_packed, collate_padded
 
 SHAPE = (3, 56, 56)
 
@@ -66,8 +67,14 @@ def test_packed_equals_padded(model):
     assert_equal(packed, padded)
 
 
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+HERE = [b for b in BACKENDS if not objection(b, DEVICE, DTYPE, (4, 2, 16))]      # what this machine has
+
+
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("changed", range(4))
-def test_a_record_does_not_see_the_others(model, changed):
+def test_a_record_does_not_see_the_others(model, changed, backend):
+    assert use_attention(model, backend, DEVICE, DTYPE) == backend
     pool = samples(model, 4)
     row = collate_packed(pool, SHAPE)
     lengths = record_lengths(row["position_ids"])
@@ -79,11 +86,24 @@ def test_a_record_does_not_see_the_others(model, changed):
     if pool[changed]["pixel_values"] is not None:
         other["pixel_values"][sum(s["pixel_values"] is not None for s in pool[:changed])] += 1
 
+    on = model.to(DEVICE, DTYPE)
     def logits(r):
-        with torch.no_grad(): return model(input_ids=r["input_ids"], position_ids=r["position_ids"], pixel_values=r["pixel_values"], use_cache=False).logits[0]
+        with torch.no_grad(): return on(**{k: r[k].to(DEVICE) for k in ("input_ids", "position_ids")}, pixel_values=r["pixel_values"].to(DEVICE, DTYPE), use_cache=False).logits[0]
     before, after = logits(row).split(lengths), logits(other).split(lengths)
     for k, (a, b) in enumerate(zip(before, after)):
         assert torch.equal(a, b) == (k != changed)
+    model.to("cpu", torch.float32)
+
+
+def test_a_kernel_that_does_not_prove_itself_is_not_taken(monkeypatch):
+    assert "sdpa" in HERE and choose_attention("auto", "cpu", torch.float32) == "sdpa"
+    with pytest.raises(ValueError, match="attention 'warp' is unknown; use auto, varlen"): choose_attention("warp", "cpu", torch.float32)
+    monkeypatch.setitem(BACKENDS, "varlen", lambda module, q, k, v, position_ids, **kw: BACKENDS["sdpa"](module, q, k, v, torch.arange(q.shape[2])[None], **kw))
+    with pytest.raises(ValueError, match=r"cannot be used on cpu .*differs from sdpa by"): choose_attention("varlen", "cpu", torch.float32)
+    monkeypatch.setitem(BACKENDS, "varlen", lambda *a, **kw: 1 / 0)
+    with pytest.raises(ValueError, match=r"does not run here \(ZeroDivisionError"): choose_attention("varlen", "cpu", torch.float32)
+    monkeypatch.setitem(BACKENDS, "varlen", BACKENDS["sdpa"])
+    assert choose_attention("varlen", "cpu", torch.float32) == "varlen"
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

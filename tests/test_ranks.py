@@ -141,6 +141,14 @@ def test_zero2_equals_one_process_with_rows_cut_by_tokens(world, single, plan):
     assert farthest(weights(world / "single"), weights(world / "zero2")) < 1e-6
 
 
+def test_steps_of_one_modality_without_the_tower_and_recomputation_change_nothing_under_zero3(world):
+    """Text-only steps leave the tower out on both ranks; layers are partly or wholly computed again."""
+    plain = launch(config(world, "modality", sampler="modality", gradient_accumulation_steps=4)[0], 0)
+    for how in ("cheap", "full"):
+        assert launch(config(world, f"modality_{how}", sampler="modality", zero=3, recompute=how)[0], 2) == pytest.approx(plain, abs=1e-5)
+        assert farthest(weights(world / "modality"), weights(world / f"modality_{how}")) < 1e-6
+
+
 def test_zero3_resumes_with_equal_losses(world, zero3):
     file, _ = config(world, "zero3", zero=3)
     whole, exported = losses(world / "zero3"), weights(world / "zero3")

@@ -1,0 +1,283 @@
+"""A full fine-tune of LLaVA-1.5's shapes on one GPU: this kit, the same kit padded, and stock transformers.
+
+    python bench/gpu.py                           7B where 16 bytes a parameter fit, else 1B; without a GPU a toy
+    python bench/gpu.py --shape 1b --steps 40
+    python bench/gpu.py --max-tokens 4096 --checkpointed 8      shorter rows, so that most layers keep their activations
+
+Sought on an H200: padded takes 1.7 times as long, 55 % strict MFU on 7B and 40 % on 1B by the datasheet's rate, no waiting for data.
+
+Steps of 16 records of one modality, of all the sizes that an epoch has: random ids in the modelled lengths of llava_v1_5_mix665k,
+a picture decoded and resized anew for every record that has one. Random weights; bf16 weights and gradients with AdamW on float32
+copies, 16 bytes a parameter (float32 throughout on a CPU). The learning rate is 0: AdamW's work is done in full and the weights
+stay, so that all variants see the same ones and their losses can be compared.
+
+    ours     packed rows that the step's records are dealt to, attention per record, loss in chunks at learned positions
+    padded   the same code on padded batches, as the reference lays them out
+    stock    transformers' own forward with `labels` on the padded batches (its SDPA, its loss; as the others without the tower's last layer)
+
+Each takes the fewest micro-steps with which no row or batch is larger than --max-tokens, padding included. Blocks of steps take
+turns on one model, the second round in reverse order; a block first does its largest and its first step untimed. Medians are of steps.
+
+Needs torch, transformers, numpy and Pillow of the kit's dependencies, no hub. A machine without a network takes what it lacks as
+wheels: `pip download -c constraints.txt -d wheels NAME` elsewhere, `pip install --no-index --find-links wheels NAME` there.
+"""
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessorPil
+
+from step import VARIANTS       # which puts the repository on the path
+from plan import cpu_name       # noqa: I001
+
+from llava_nb.attention import BACKENDS, register_attention, use_attention
+from llava_nb.imageproc import ImageTransform
+from llava_nb.llava import freeze, llava_config, meta_llava, parts, prepare
+from llava_nb.masking import IGNORE_INDEX
+from llava_nb.meter import Meter, device_rates, shape_of, work_of
+from llava_nb.objective import padded_loss, row_loss
+from llava_nb.optim import parameter_groups
+from llava_nb.packing import collate_packed, collate_padded, deal, micro_steps_for
+from llava_nb.sampler import Plan, mix665k_sample
+from llava_nb.zero import bytes_per_rank
+
+CUDA, DEVICE = torch.cuda.is_available(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ARCHITECTURES = Path(__file__).resolve().parent.parent / "llava_nb" / "data" / "architectures"
+BATCH, VOCABULARY, IMAGE_ID = 16, 32_064, 32_000       # Vicuna's 32,000 rows, `<image>`, and rows up to a multiple of 64; all enter every variant's softmax
+
+
+@dataclass(frozen=True)
+class Shape:
+    "How a size differs from LLaVA-1.5-7B."
+    text: dict = field(default_factory=dict)
+    tower: dict = field(default_factory=dict)
+    shorter: int = 1            # lengths are divided by this
+    checkpointed: int = 0       # decoder layers that are computed again in the backward pass
+
+
+SHAPES = {
+    "toy": Shape(dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+                 dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=56), shorter=32),
+    "1b": Shape(dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4)),      # TinyLlama-1.1B
+    "7b": Shape(checkpointed=32),
+}
+
+
+def configuration(shape: Shape):
+    "The model's configuration, without a hub."
+    read = lambda name, changes: AutoConfig.for_model(**json.loads((ARCHITECTURES / f"{name}.json").read_text()) | changes)      # noqa: E731
+    return llava_config(read("vicuna-7b-v1.5", shape.text | {"vocab_size": VOCABULARY}), read("clip-vit-large-patch14-336", shape.tower), IMAGE_ID)
+
+
+def model_state(config) -> int:
+    "Bytes of weights, gradients and optimizer state."
+    size = {name: sum(p.numel() for p in ps) for name, ps in parts(meta_llava(config)).items()}
+    return int(sum(bytes_per_rank(size["language model"] + size["projector"], size["vision tower"], 1, 0).values()))
+
+
+def built(config, dtype: torch.dtype, checkpointed: int):
+    "A model with random weights, made on the device, as stage 2 trains it."
+    torch.manual_seed(0)
+    with DEVICE: model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.config.llava_nb = {"text_vocab_size": VOCABULARY, "image_seq_len": config.image_seq_length}
+    freeze(prepare(model), 2)
+    for layer in model.model.language_model.layers[:checkpointed]:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, partial(checkpoint, use_reentrant=False)
+    return model.train()
+
+
+class CopyAdamW:
+    "AdamW on float32 copies of the weights, some parameters at a time: float32 gradients never exist all at once."
+    def __init__(self, params: list, lr: float, at_a_time: int = 16):
+        cut = [params[k:k + at_a_time] for k in range(0, len(params), at_a_time)]
+        copies = [[p.detach().to(torch.float32, copy=True) for p in some] for some in cut]
+        self.groups = [(some, own, torch.optim.AdamW(own, lr=lr, weight_decay=0.0, fused=True)) for some, own in zip(cut, copies)]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for params, copies, adamw in self.groups:
+            for p, c in zip(params, copies): c.grad = None if p.grad is None else p.grad.float(); p.grad = None
+            adamw.step(); adamw.zero_grad()
+            for p, c in zip(params, copies): p.copy_(c)
+
+
+def picture(folder: Path) -> Path:
+    "A JPEG of 640 x 480, as large as most of the mixture's."
+    coarse = np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8)
+    Image.fromarray(coarse).resize((640, 480), Image.BICUBIC).save(folder / "picture.jpg", quality=90)
+    return folder / "picture.jpg"
+
+
+@dataclass
+class Mixture:
+    "Records of the mixture's lengths, and the plan of their steps."
+    config: object          # of the model
+    shorter: int            # lengths are divided by this
+    picture: Path           # of every record that has one
+
+    def __post_init__(self):
+        drawn = mix665k_sample()
+        self.has_image, self.learned = drawn["image"], np.maximum(drawn["supervised"] // self.shorter, 1)
+        self.lengths = np.maximum(drawn["tokens"] // self.shorter, self.config.image_seq_length * self.has_image + self.learned + 1)
+        self.plan = Plan("modality", self.lengths, self.has_image, batch_size=BATCH)
+        side = self.config.vision_config.image_size
+        self.transform = ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}), "pad")
+
+    def spread(self, n: int) -> list[int]:
+        "Full steps that stand for an epoch: sorted by tokens, one from the middle of each of `n` parts."
+        steps = sorted(range(len(self.plan.drawn.body)), key=lambda k: self.work(k).tokens)
+        return [steps[int((j + .5) / n * len(steps))] for j in range(n)]
+
+    def work(self, k: int): return work_of(self.plan.global_batch(k), self.lengths, self.learned, self.has_image)
+
+    def record(self, i: int, weight: float) -> dict:
+        ids = torch.randint(5, IMAGE_ID, (int(self.lengths[i]),), generator=torch.Generator().manual_seed(int(i)))
+        if self.has_image[i]: ids[:self.config.image_seq_length] = IMAGE_ID
+        labels = torch.where(torch.arange(len(ids)) >= len(ids) - int(self.learned[i]), ids, IGNORE_INDEX)
+        return {"input_ids": ids, "labels": labels, "pixel_values": self.transform(self.picture) if self.has_image[i] else None, "weight": weight}
+
+
+class Steps(Dataset):
+    "Item k: the micro-batches of step k, laid out as a variant takes them."
+    def __init__(self, mixture: Mixture, variant: str, costs: np.ndarray, max_tokens: int, attention: str):
+        self.mixture, self.costs, self.packed, self.attention = mixture, costs, variant == "ours", "sdpa" if variant == "stock" else attention
+        self.collate = partial(collate_packed if self.packed else collate_padded, image_shape=mixture.transform.shape)
+        self.plan = mixture.plan if self.packed else padded_plan(mixture.plan, max_tokens)
+        self.micro_steps = micro_steps_for(self.plan, costs, max_tokens) if self.packed else self.plan.accumulation
+
+    def rows(self, k: int) -> list[np.ndarray]:
+        batch = self.plan.global_batch(k)
+        return [batch[row] for row in deal(self.costs[batch], self.micro_steps) if len(row)] if self.packed else self.plan.micro_batches(k)
+
+    def positions(self, k: int) -> int:
+        sizes = [self.mixture.lengths[row] for row in self.rows(k)]
+        return int(sum(n.sum() if self.packed else len(n) * n.max() for n in sizes))
+
+    def __getitem__(self, k: int) -> list[dict]:
+        weight = 1 / self.mixture.work(k).supervised
+        return [self.collate([self.mixture.record(i, weight) for i in row]) for row in self.rows(k)]
+
+
+def padded_plan(plan: Plan, max_tokens: int) -> Plan:
+    "The same steps in the fewest micro-batches of which none is larger than `max_tokens`, padding included."
+    for n in (n for n in range(1, BATCH + 1) if BATCH % n == 0):
+        found = replace(plan, batch_size=BATCH // n, accumulation=n)
+        if max(len(c) * plan.lengths[c].max() for k in range(plan.steps) for c in found.micro_batches(k) if len(c)) <= max_tokens: return found
+    raise ValueError(f"--max-tokens {max_tokens}: a record alone has {plan.lengths.max()} tokens")
+
+
+def loss_of(variant: str, model, batch: dict, learned: int) -> torch.Tensor:
+    "A micro-batch's part of the loss of a step with so many learned tokens."
+    rows, pictures = (VOCABULARY, IMAGE_ID), len(batch["picture_of"])
+    if variant == "ours": return row_loss(model, batch | {"tower": pictures > 0}, *rows)
+    if variant == "padded": return padded_loss(model, batch, *rows)
+    given = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")} | ({"pixel_values": batch["pixel_values"][batch["picture_of"]]} if pictures else {})
+    return model(**given, num_items_in_batch=learned, use_cache=False).loss
+
+
+def placed(batch: dict, dtype: torch.dtype) -> dict:
+    "On the device, pixels in the model's precision, as an engine hands them over."
+    return {k: v.to(DEVICE, dtype if k == "pixel_values" else v.dtype, non_blocking=True) for k, v in batch.items()}
+
+
+@dataclass
+class Timed:
+    "One step."
+    seconds: float      # with waiting
+    waited: float       # for data
+    loss: float
+    peak: int           # bytes
+
+
+def block(variant: str, model, optimizer: CopyAdamW, steps: Steps, order: list[int], workers: int, deadline: float) -> dict[int, Timed]:
+    "Train on these steps, two of them untimed before; ends early at the deadline."
+    model.set_attn_implementation({"text_config": steps.attention})
+    warm, found = [max(order, key=steps.positions), order[0]], {}
+    batches = iter(DataLoader(steps, batch_size=None, sampler=warm + order, num_workers=workers, pin_memory=CUDA))
+    if CUDA: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    for n, k in enumerate(warm + order):
+        begun = time.perf_counter()
+        if begun > deadline: break
+        rows, loss = next(batches), 0.0
+        waited = time.perf_counter() - begun
+        for row in rows:
+            part = loss_of(variant, model, placed(row, model.dtype), steps.mixture.work(k).supervised)
+            part.backward(); loss = loss + part.detach()
+        optimizer.step()
+        loss = float(loss)
+        if CUDA: torch.cuda.synchronize()
+        if n >= len(warm): found[k] = Timed(time.perf_counter() - begun, waited, loss, torch.cuda.max_memory_allocated() if CUDA else 0)
+    return found
+
+
+def rounds(model, steps: dict[str, Steps], order: list[int], workers: int, deadline: float) -> dict[str, dict[int, Timed]]:
+    "Two rounds of blocks, half of the steps each. A variant that runs out of memory is left out."
+    optimizer, found = CopyAdamW([p for g in parameter_groups(model, lr=0.0) for p in g["params"]], lr=0.0), {v: {} for v in steps}
+    for half, turns in zip((order[::2], order[1::2]), (list(steps), list(steps)[::-1])):
+        for v in (v for v in turns if v in found and half):
+            try: found[v] |= block(v, model, optimizer, steps[v], half, workers, deadline)
+            except torch.OutOfMemoryError: print(f"{v}: out of memory; lower --max-tokens"); del found[v]; model.zero_grad()
+    return found
+
+
+def table(found: dict[str, dict[int, Timed]], steps: dict[str, Steps], meter: Meter) -> str:
+    "Markdown, a row a variant, over the steps that all have done."
+    common = sorted(set.intersection(*map(set, found.values()))) if found else []
+    if not common: raise SystemExit("no step was done by all variants: give more --minutes, or lower --max-tokens")
+    columns = {v: {f.name: np.array([getattr(timed[k], f.name) for k in common]) for f in fields(Timed)} for v, timed in found.items()}
+    first, work = next(iter(columns.values())), [next(iter(steps.values())).mixture.work(k) for k in common]
+    tokens = np.array([w.tokens for w in work])
+    head = ["", "real tokens/s", f"{next(iter(found))} is faster by", "over all steps", *(f"strict MFU, {name}" for name in meter.rates),
+            "waiting for data", "peak memory", "padding", "micro-steps", "loss", "losses apart"]
+    lines = [head, ["---"] * len(head)]
+    for v, c in columns.items():
+        used = [[meter.read(w, s)[f"mfu_{name}"] for w, s in zip(work, c["seconds"])] for name in meter.rates]
+        lines.append([v, f"{np.median(tokens / c['seconds']):,.0f}", f"{np.median(c['seconds'] / first['seconds']):.2f}x", f"{c['seconds'].sum() / first['seconds'].sum():.2f}x",
+                      *(f"{np.median(u):.2%}" for u in used), f"{c['waited'].sum() / c['seconds'].sum():.1%}", f"{c['peak'].max() / 1e9:.1f} GB" if CUDA else "not taken",
+                      f"{1 - tokens.sum() / sum(map(steps[v].positions, common)):.1%}", str(steps[v].micro_steps), f"{c['loss'].mean():.6f}", f"{abs(c['loss'] - first['loss']).max():.1e}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--shape", choices=SHAPES); p.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS); p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--max-tokens", type=int, help="of a row, or of a padded batch with its padding; by default 16,384, of the toy 512")
+    p.add_argument("--checkpointed", type=int, help="decoder layers that are computed again in the backward pass; by default all of 7B's, none of 1B's")
+    p.add_argument("--attention", choices=("auto", *BACKENDS), default="auto", help="of packed rows")
+    p.add_argument("--workers", type=int, default=8 if CUDA else 0, help="that prepare data")
+    p.add_argument("--minutes", type=float, default=8.0, help="after so many, stop and print what there is")
+    args, start = p.parse_args(), time.perf_counter()
+    room = torch.cuda.get_device_properties(0).total_memory if CUDA else 0
+    name = args.shape or next((n for n in ("7b", "1b") if model_state(configuration(SHAPES[n])) < .9 * room), "toy")
+    shape, config, dtype = SHAPES[name], configuration(SHAPES[name]), torch.bfloat16 if CUDA else torch.float32
+    if CUDA and model_state(config) > .9 * room: p.error(f"{name} holds {model_state(config) / 1e9:.0f} GB before any activation, this GPU {room / 1e9:.0f} GB in all")
+    checkpointed, max_tokens = shape.checkpointed if args.checkpointed is None else args.checkpointed, args.max_tokens or 16_384 // shape.shorter
+    rates, model = device_rates(DEVICE, dtype), built(config, dtype, checkpointed)
+    backend = use_attention(model, args.attention, DEVICE, dtype)
+    meter = Meter(shape_of(model), stage=2, ranks=1, rates=rates)
+    with tempfile.TemporaryDirectory() as folder:
+        mixture = Mixture(config, shape.shorter, picture(Path(folder)))
+        steps = {v: Steps(mixture, v, meter.shape.row_cost.of(mixture.lengths, mixture.has_image), max_tokens, register_attention(backend)) for v in args.variants}
+        found = rounds(model, steps, mixture.spread(args.steps), args.workers, start + 60 * args.minutes)
+    found_table, size = table(found, steps, meter), sum(p.numel() for p in model.parameters())
+    about = [f"{date.today():%d %B %Y}", torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads of {cpu_name()}", f"torch {torch.__version__}", f"transformers {transformers.__version__}",
+             f"`{' '.join(['python bench/gpu.py', *sys.argv[1:]])}`", f"{name} ({size / 1e6:,.1f}M parameters, {str(dtype).removeprefix('torch.')})", f"attention {backend}",
+             f"{checkpointed} layers checkpointed", f"at most {max_tokens:,} tokens a micro-step", f"{min(map(len, found.values()))} steps of {BATCH} records",
+             *(f"{n} {r / 1e12:,.2f} TFLOP/s" for n, r in rates.items()), f"{(time.perf_counter() - start) / 60:.1f} min"]
+    print(", ".join(about), found_table, sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
