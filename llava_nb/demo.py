@@ -114,7 +114,7 @@ def side_by_side(
     for k, picture in enumerate((left, right)): canvas.paste(picture.resize((108, 108)), (2 + 112 * k, 58))
     return canvas
 
-# %% ../nbs/60_demo.ipynb #6d519d65
+# %% ../nbs/60_demo.ipynb #c1907c46
 def question(
     type: str, # "name", "category", "colour", "yes/no", "count" or "left/right"
     answer: str,
@@ -138,15 +138,15 @@ class Asker:
         "A question about one drawing."
         if type == "yes/no":
             yes = self.rng.random() < .5
-            return question(type, "yes" if yes else "no", (thing if yes else self.other(thing)).name)
+            return question(type, f"{thing.name}, {'yes' if yes else 'no'}", (thing if yes else self.other(thing)).name)
         answers = {"name": thing.name, "category": thing.group}
         return question(type, answers[type] if type in answers else colour_of(self.emoji.picture(thing, style)))
 
-# %% ../nbs/60_demo.ipynb #9ee967e2
+# %% ../nbs/60_demo.ipynb #4da99ad1
 class Writer:
     "Writes pictures and LLaVA records into a folder."
-    def __init__(self, folder: Path, asker: Asker):
-        self.folder, self.asker, self.emoji = folder, asker, asker.emoji
+    def __init__(self, folder: Path, asker: Asker, others: Sequence[Thing] = ()): # `others`: asked for their kind only
+        self.folder, self.asker, self.emoji, self.others = folder, asker, asker.emoji, list(others)
         (folder / "images").mkdir(parents=True, exist_ok=True)
 
     def _save(self, picture: Image.Image, name: str) -> str:
@@ -174,9 +174,10 @@ class Writer:
         rng, ask = self.asker.rng, self.asker.about
         draw = rng.random()
         if draw < 1 / 16: return self.record(id, None, self._text_only(thing))
-        if draw < .14: return self._counting(id, thing, style)
-        if draw < .22: return self._sides(id, thing, style)
-        types = ["name", "category", "colour"] if draw < .61 else ["yes/no", "yes/no", "yes/no", rng.choice(("category", "colour"))]
+        if draw < .11: return self._counting(id, thing, style)
+        if draw < .16: return self._sides(id, thing, style)
+        if draw < .28 and self.others: thing, types = rng.choice(self.others), ["category", "colour"]
+        else: types = ["name", "category", "colour"] if draw < .60 else ["yes/no", "yes/no", rng.choice(("category", "colour"))]
         return self.record(id, self.single(thing, style), [ask(t, thing, style) for t in types])
 
     def _text_only(self, thing: Thing) -> list[tuple[str, str]]:
@@ -202,7 +203,7 @@ class Writer:
         if type == "left/right": return self._sides(id, thing, style, **more)
         return self.record(id, self.single(thing, style), [self.asker.about(type, thing, style)], **more)
 
-# %% ../nbs/60_demo.ipynb #cefa503b
+# %% ../nbs/60_demo.ipynb #8dd3af66
 UNSEEN_STYLE_TYPES = {"name": 80, "yes/no": 60, "category": 32, "colour": 32, "count": 24, "left/right": 24}
 UNSEEN_THING_TYPES = {"category": 64, "colour": 24, "count": 24}
 
@@ -216,7 +217,8 @@ def build_data(
     "Write captions.json, conversations.json, held_out.json and the pictures."
     emoji = Emoji()
     learned, held_out = choose(emoji.things, things, seed)
-    writer = Writer(folder, Asker(emoji, learned, seed))
+    known = {*learned, *held_out}
+    writer = Writer(folder, Asker(emoji, learned, seed), [t for t in emoji.things if t not in known])
     drawings = [(t, s) for t in learned for s in STYLES]
     rng = random.Random(seed)
     passes = [d for _ in range(conversations // len(drawings) + 1) for d in rng.sample(drawings, len(drawings))][:conversations]
@@ -259,9 +261,9 @@ def tower_from_wheel(
     efficientnet.from_wheel().save_pretrained(folder)
     efficientnet.image_processor().save_pretrained(folder)
 
-# %% ../nbs/60_demo.ipynb #9bdfb561
+# %% ../nbs/60_demo.ipynb #3c7a716c
 STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 2e-3, "warmup_steps": 0.05}
-STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 1e-4, "projector_lr": 2e-4, "warmup_steps": 0.05}
+STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 2e-4, "projector_lr": 5e-4, "warmup_steps": 0.05}
 COMMON = {"bf16": True, "max_grad_norm": 1.0, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0, "model_max_length": 512, "seed": 42, "num_train_epochs": 1000,
           "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 BATCH = {1: 4, 2: 8}     # records a step, by stage

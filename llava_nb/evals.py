@@ -26,7 +26,7 @@ def plain_words(
     words = re.sub(r"[^\w\s]", " ", text.lower().replace("’", "'").replace("'", "")).split()
     return " ".join(w for w in words if w not in ("a", "an", "the"))
 
-# %% ../nbs/41_evals.ipynb #4dae6681
+# %% ../nbs/41_evals.ipynb #e9a4b087
 @dataclass(frozen=True)
 class Answer:
     "A question put to a model."
@@ -34,7 +34,10 @@ class Answer:
     text: str       # what the model said
 
     @property
-    def correct(self) -> bool: return plain_words(self.text) == plain_words(self.record["conversations"][-1]["value"])
+    def correct(self) -> bool: # of a yes/no answer, its last word, the verdict
+        last = -1 if self.record["type"] == "yes/no" else 0
+        said, right = (plain_words(text).split()[last:] for text in (self.text, self.record["conversations"][-1]["value"]))
+        return said == right
 
 def left_padded(
     rows: Sequence[list[int]], # ids of each prompt
@@ -87,7 +90,7 @@ def _generate(model, tokenizer, template, prompts, pictures, blank, max_new_toke
 def _end(row: list[int], stop: int) -> int:
     return row.index(stop) if stop in row else len(row)
 
-# %% ../nbs/41_evals.ipynb #d1cb4850
+# %% ../nbs/41_evals.ipynb #ac577026
 @dataclass(frozen=True)
 class Score:
     "One line of the table."
@@ -121,7 +124,7 @@ def score(
         guess = frequent.get(type, "")
         share = lambda hits: sum(hits) / len(mine)
         found.append(Score(split, type, len(mine), share(a.correct for a in mine), share(a.correct for a in blind),
-                           share(plain_words(a.record["conversations"][-1]["value"]) == guess for a in mine)))
+                           share(Answer(a.record, guess).correct for a in mine)))
     return found
 
 def as_text(

@@ -41,7 +41,9 @@ def test_yes_and_no_are_balanced_and_no_is_hard():
     emoji = demo.Emoji()
     learned, _ = demo.choose(emoji.things, 300)
     asker = demo.Asker(emoji, learned, 0)
-    answers = [asker.about("yes/no", t, "noto")[1] for t in learned * 2]
+    said = [asker.about("yes/no", t, "noto")[1].rsplit(", ", 1) for t in learned * 2]
+    assert [name for name, _ in said] == [t.name for t in learned * 2]       # what is seen comes first
+    answers = [verdict for _, verdict in said]
     assert .42 < answers.count("yes") / len(answers) < .58
     assert all(asker.other(t).subgroup == t.subgroup for t in learned if asker.near[t])
 
@@ -64,7 +66,8 @@ def test_data_is_a_function_of_the_seed(data, tmp_path):
 
 def test_scores_count_what_was_asked():
     ask = lambda type, right: {"type": type, "split": "s", "conversations": [{}, {"value": right}]}
-    answers = [evals.Answer(ask("name", "Red apple"), "a red apple."), evals.Answer(ask("name", "fox"), "wolf"), evals.Answer(ask("yes/no", "yes"), "Yes")]
+    answers = [evals.Answer(ask("name", "Red apple"), "a red apple."), evals.Answer(ask("name", "fox"), "wolf"), evals.Answer(ask("yes/no", "fox, yes"), "Wolf. Yes")]
+    assert not evals.Answer(ask("yes/no", "fox, yes"), "fox, no").correct and not evals.Answer(ask("yes/no", "fox, yes"), "").correct
     blank = [evals.Answer(a.record, "fox") for a in answers]
     scores = {s.type: s for s in evals.score(answers, blank, {"name": "fox", "yes/no": "no"})}
     assert (scores["name"].accuracy, scores["name"].blank, scores["name"].most_frequent) == (.5, .5, .5)
