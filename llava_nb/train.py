@@ -176,7 +176,7 @@ def _unpartitioned():
         finally: integration._hf_deepspeed_config_weak_ref = kept
     return off()
 
-# %% ../nbs/90_train.ipynb #0d165784
+# %% ../nbs/90_train.ipynb #a8491bcf
 @dataclasses.dataclass
 class Pieces:
     "What a Trainer is made of."
@@ -212,7 +212,8 @@ def reading(
     if m.model:
         found = transformers.AutoConfig.from_pretrained(m.model)
         return tokenizer, found.image_token_id, found.image_seq_length
-    try: features = vision.feature_count(vision.load_vision_config(m.vision_tower), m.vision_feature_layer, m.vision_feature_select_strategy)
+    try:
+        with _unpartitioned(): features = vision.feature_count(vision.load_vision_config(m.vision_tower), m.vision_feature_layer, m.vision_feature_select_strategy)
     except IndexError: raise ValueError(f"vision_feature_layer {m.vision_feature_layer}: {m.vision_tower} has no such hidden state") from None
     return tokenizer, llava.add_image_token(tokenizer), features
 

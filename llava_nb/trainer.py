@@ -29,7 +29,7 @@ from .packing import PackedCollator, RowCost, deal, micro_steps_for
 from .sampler import Plan
 from .zero import deepspeed_config, fetch_whole_layers, init_distributed, read_deepspeed_config, world_size
 
-# %% ../nbs/33_trainer.ipynb #f5746dda
+# %% ../nbs/33_trainer.ipynb #ca08b111
 @dataclass
 class LlavaTrainingArguments(TrainingArguments):
     "transformers' TrainingArguments with LLaVA's defaults and its own fields."
@@ -49,8 +49,9 @@ class LlavaTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
 
     def __post_init__(self):
-        self.recompute = self.recompute or ("full" if self.gradient_checkpointing else "none")
-        self.gradient_checkpointing = False           # `set_recompute` does it, with torch's non-reentrant kind
+        names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, n)]      # transformers' new name for it, and its old
+        self.recompute = self.recompute or ("full" if any(getattr(self, n) for n in names) else "none")
+        for n in names: setattr(self, n, False if n == names[0] else None)      # `set_recompute` does it, with torch's non-reentrant kind
         self.sampler = self.sampler or ("random" if self.stage == 1 else "modality")
         if isinstance(self.deepspeed, str): self.deepspeed = read_deepspeed_config(self.deepspeed, self.max_grad_norm)
         elif self.zero is not None: self.deepspeed = deepspeed_config(self.zero, self.max_grad_norm, self.offload)
