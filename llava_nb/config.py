@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# %% ../nbs/00_config.ipynb #5de23fdf
+# %% ../nbs/00_config.ipynb #c0c96720
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
@@ -47,7 +47,8 @@ class DataConfig:
 class RunConfig:
     "What to do."
     dry_run: bool = _setting(False, "Build everything but weights, print the plan of the run and stop.")
-    resume: str | None = _setting(None, "'True': go on from the newest complete checkpoint; a path: from that one.")
+    resume: str | None = _setting(None, "Go on where the output folder has checkpoints (the default, and 'True', which insists); a path: from that one; 'False': refuse to.")
+    allow_changes: bool = _setting(False, "Go on from a checkpoint that was made with other settings, records or ranks.")
     threads: int | None = _setting(None, "CPU threads of each rank; by default torch's choice.")
 
 CONFIGS = (ModelConfig, DataConfig, RunConfig)

@@ -267,7 +267,7 @@ def picture_problems(
         except ValueError as e: problems[image] = _printable(str(e))
     return problems
 
-# %% ../nbs/13_records.ipynb #db929ae8
+# %% ../nbs/13_records.ipynb #26eff52d
 BLOCK, SMALL = 2048, 1 << 23       # records of a block; bytes of data below which worker processes cost more than they save
 
 class Records(Sequence):
@@ -322,6 +322,11 @@ class Records(Sequence):
         "A column of numbers; of \"image\", whether there is one."
         column = self.table[name].is_valid() if name == "image" else self.table[name]
         return column.to_numpy() if self.rows is None else column.to_numpy()[self.rows]
+
+    def images(self) -> list[str | None]: # [N]
+        "The picture's path of each record."
+        paths = [p and p.decode("utf-8", "surrogatepass") for p in self.table["image"].to_pylist()]
+        return paths if self.rows is None else [paths[k] for k in self.rows]
 
     def place(self, i: int, message: str) -> Problem:
         "What is wrong with record `i`."

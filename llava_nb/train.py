@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'PUBLISHED', 'MEASURED', 'USAGE', 'Run', 'parse', 'check_training', 'training_fields', 'training_arguments',
-           'start_folder', 'assemble', 'Pieces', 'build', 'reading', 'check_length', 'found_config', 'load_model',
-           'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'architecture', 'dry_model',
-           'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run', 'help_text', 'main', 'program']
+           'start_folder', 'assemble', 'Pieces', 'build', 'gate_of', 'reading', 'check_length', 'found_config',
+           'load_model', 'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'architecture',
+           'dry_model', 'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run', 'examine', 'help_text', 'main',
+           'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__" and "__file__" in globals():      # run as a file: the repository, not llava_nb/, comes first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# %% ../nbs/90_train.ipynb #e6ee01e0
+# %% ../nbs/90_train.ipynb #3133235c
 import argparse
 import dataclasses
 import importlib.resources
@@ -34,6 +35,8 @@ import llava_nb.attention as attention
 import llava_nb.checkpoint as checkpoint
 import llava_nb.config as config
 import llava_nb.conversation as conversation
+import llava_nb.doctor as doctor
+import llava_nb.guard as guard
 import llava_nb.imageproc as imageproc
 import llava_nb.llava as llava
 import llava_nb.masking as masking
@@ -176,7 +179,7 @@ def _unpartitioned():
         finally: integration._hf_deepspeed_config_weak_ref = kept
     return off()
 
-# %% ../nbs/90_train.ipynb #a8491bcf
+# %% ../nbs/90_train.ipynb #3f8dc4b5
 @dataclasses.dataclass
 class Pieces:
     "What a Trainer is made of."
@@ -193,16 +196,22 @@ def build(
     "Tokenizer, records, model, in that order: bad records are found before weights are read."
     vision.register_towers()
     for name in filter(None, (run.model.model, run.model.language_model, run.model.vision_tower)): found_config(name)
+    gate, processor = gate_of(run), vision.image_processor_for(run.model.model or run.model.vision_tower)
+    transform = imageproc.ImageTransform(processor, run.data.image_aspect_ratio, run.data.apply_exif)
+    def dataset(path: str) -> records.LlavaDataset:
+        return records.LlavaDataset(path, gate.template, gate.encoder, transform, run.data.image_folder, run.data.bad_records, run.data.records_cache)
+    train, held_out = [path and dataset(path) for path in (run.data.data_path, run.data.eval_data_path)]
+    if run.run.resume and not run.run.allow_changes: checkpoint.check_same(run.run.resume, trainer.made_with(args, train))
+    return Pieces(load_model(run, args, start_folder(run, args.output_dir, args.seed)), gate.encoder.tokenizer, processor, train, held_out)
+
+def gate_of(
+    run: Run,
+) -> records.Gate:
+    "What every record must pass."
     tokenizer, image_token_id, features = reading(run.model)
     template = conversation.get_template(run.data.template, tokenizer)
     check_length(run, features)
-    encoder = masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length)
-    processor = vision.image_processor_for(run.model.model or run.model.vision_tower)
-    transform = imageproc.ImageTransform(processor, run.data.image_aspect_ratio, run.data.apply_exif)
-    def dataset(path: str) -> records.LlavaDataset:
-        return records.LlavaDataset(path, template, encoder, transform, run.data.image_folder, run.data.bad_records, run.data.records_cache)
-    train, held_out = [path and dataset(path) for path in (run.data.data_path, run.data.eval_data_path)]
-    return Pieces(load_model(run, args, start_folder(run, args.output_dir, args.seed)), tokenizer, processor, train, held_out)
+    return records.Gate(template, masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length))
 
 def reading(
     m: config.ModelConfig,
@@ -282,7 +291,7 @@ def summary(
     else: lines.append(f"chat:   python -m llava_nb.chat {args.output_dir} --image PICTURE")
     return "\n".join(lines)
 
-# %% ../nbs/90_train.ipynb #6c178583
+# %% ../nbs/90_train.ipynb #0d7ff943
 def prepare(
     run: Run,
 ) -> trainer.LlavaTrainer: # ready to train
@@ -292,6 +301,7 @@ def prepare(
         for note in run.notes: print(f"note: {note}", flush=True)
     if run.run.threads: torch.set_num_threads(run.run.threads)
     run.run.resume = checkpoint.resolve_resume(run.run.resume, args.output_dir)
+    if run.run.resume and args.process_index == 0: print(f"going on from {run.run.resume}", flush=True)
     pieces = build(run, args)
     if args.process_index == 0: _write_down(run, args, pieces)
     t = trainer.LlavaTrainer(pieces.model, args, pieces.dataset, pieces.tokenizer, pieces.image_processor, pieces.eval_dataset)
@@ -303,16 +313,33 @@ def execute(
     run: Run,
     t: trainer.LlavaTrainer, # from `prepare`
 ) -> int: # exit code
-    "Train, save, say so."
-    start = time.monotonic()
-    result = t.train(resume_from_checkpoint=run.run.resume)
+    "Train, save, say so; or stop as the guard says."
+    start, lead = time.monotonic(), t.is_world_process_zero()
+    try:
+        with t.guard: result = t.train(resume_from_checkpoint=run.run.resume)
+    except guard.NotFinite: return _refused(t)
+    if t.guard.stopped:
+        if lead: print(f"stopped after step {t.state.global_step} of {t.state.max_steps} by {t.guard.noted or 'a signal to another rank'}; the same command goes on from checkpoint-{t.state.global_step}", flush=True)
+        return _end(guard.STOPPED)
     t.save_model()
-    if t.is_world_process_zero():
+    if lead:
         t.state.save_to_json(str(Path(t.args.output_dir) / "trainer_state.json"))
-        print(summary(result, t, time.monotonic() - start), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier(); torch.distributed.destroy_process_group()
-    return 0
+        print(summary(result, t, time.monotonic() - start) if t.begun else f"nothing was left to do: all {t.state.global_step} steps had been done before\nresult: {t.args.output_dir}", flush=True)
+    return _end(0)
+
+def _refused(t: trainer.LlavaTrainer) -> int:
+    rows, step, out = t.refused(), t.state.global_step + 1, Path(t.args.output_dir)
+    if t.is_world_process_zero():
+        (out / "not_finite.json").write_text(json.dumps({"step": step, "learning_rate": t.optimizer.param_groups[0]["lr"], "rows": rows}, indent=1))
+        ids = [i for r in rows for i in r["records"]]
+        print(f"llava_nb: step {step}: the gradient is not finite (rank {', '.join(map(str, sorted({r['rank'] for r in rows})))}; records {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}); "
+              f"no weight was changed by this step, all rows are in {out / 'not_finite.json'}; look at them, or lower the learning rate, and go on with the same command", file=sys.stderr, flush=True)
+    return _end(guard.NOT_FINITE)
+
+def _end(code: int) -> int: # all ranks together
+    zero.wait()
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    return code
 
 def _write_down(run: Run, args, pieces: Pieces) -> None:
     out = Path(args.output_dir); out.mkdir(parents=True, exist_ok=True)
@@ -420,7 +447,7 @@ def _print_schedule(run: Run, args: argparse.Namespace, features: int) -> None:
     at = sorted({0, warm, steps // 2, steps})
     print(f"  schedule        warm-up {warm} steps; " + ", ".join(f"step {s}: {lr * schedule.lr_lambdas[0](s):.2e}" for s in at))
 
-# %% ../nbs/90_train.ipynb #0f279423
+# %% ../nbs/90_train.ipynb #608d6ebb
 USAGE = """usage: llava_nb [CONFIG.json] [--key value ...]
 
 Train one stage of LLaVA. CONFIG.json is a flat object of settings; flags of the same names win over it.
@@ -429,9 +456,30 @@ LLaVA's own flags (pretrain.sh, finetune.sh) are understood as they are.
   deepspeed llava_nb/train.py CONFIG.json            all GPUs of this machine
   deepspeed --num_gpus 2 llava_nb/train.py CONFIG.json
   llava_nb CONFIG.json --dry_run                     the plan of the run, no weights
+  llava_nb doctor CONFIG.json                        every bad record and picture, by kind; exit code 2 if there are any
+
+Exit codes: 0 done, 2 the configuration or the data cannot be trained on, 5 a gradient is not finite (nothing was
+updated), 75 stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint (the same command goes on from it).
 
 Settings (besides every field of transformers' TrainingArguments):
 """
+
+def examine(
+    run: Run,
+) -> int: # exit code: 0 nothing found, 2 findings
+    "The doctor: look at all records and pictures, train nothing."
+    vision.register_towers()
+    gate, folder, found, total = gate_of(run), Path(run.data.image_folder) if run.data.image_folder else None, [], 0
+    for path in filter(None, (run.data.data_path, run.data.eval_data_path)):
+        one = records.Records.from_files(path, gate, run.data.records_cache).with_pictures(folder)
+        total += len(one) + len(one.problems)
+        found += doctor.examine(one, folder)
+    print(doctor.summary(found, total))
+    out = Path(training_fields(run).output_dir or f"runs/stage{run.stage}")
+    if found:
+        doctor.write(found, total, out)
+        print(f"all of them: {out / 'findings.html'} and {out / 'findings.jsonl'}")
+    return 2 if found else 0
 
 def help_text() -> str:
     "Usage and all settings of our own."
@@ -442,13 +490,14 @@ def help_text() -> str:
 
 def main(
     argv: list[str] | None = None, # the command line; None: the program's own
-) -> int: # exit code: 0 done, 2 the configuration or the data cannot be trained on
+) -> int: # exit code, see `USAGE`
     "Parse, check, train."
     argv = sys.argv[1:] if argv is None else argv
     if not argv or set(argv) & {"--help", "-h"}:
         print(help_text()); return 0 if argv else 2
     try:
-        run = parse(argv)
+        run = parse(argv[1:] if argv[0] == "doctor" else argv)
+        if argv[0] == "doctor": return examine(run)
         if run.run.dry_run: return dry_run(run)
         ready = prepare(run)
     except (ValueError, OSError) as e:

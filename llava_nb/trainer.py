@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
-           'MeteredTrainer', 'LlavaTrainer']
+           'MeteredTrainer', 'made_with', 'Sealer', 'LlavaTrainer']
 
-# %% ../nbs/33_trainer.ipynb #328824c6
+# %% ../nbs/33_trainer.ipynb #8bc01e27
+import hashlib
+import json
 import math
 import resource
 import sys
@@ -18,16 +20,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from .checkpoint import load_weights, save_llava, save_projector
+from .checkpoint import MADE_WITH, load_weights, rotate, save_llava, save_projector, seal
+from .guard import Guard
 from .llava import set_recompute
 from .meter import Meter, ModelShape, Work, device_rates, shape_of, work_of
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
 from .packing import PackedCollator, RowCost, deal, micro_steps_for
+from .records import record_id
 from .sampler import Plan
-from .zero import deepspeed_config, fetch_whole_layers, init_distributed, read_deepspeed_config, world_size
+from .zero import deepspeed_config, fetch_whole_layers, gathered, init_distributed, read_deepspeed_config, world_size
 
 # %% ../nbs/33_trainer.ipynb #ca08b111
 @dataclass
@@ -176,7 +180,30 @@ class MeteredTrainer(Trainer):
             self.logged = self._now()
         super().log(logs, start_time)
 
-# %% ../nbs/33_trainer.ipynb #df072ffe
+# %% ../nbs/33_trainer.ipynb #695897fe
+def made_with(
+    args: LlavaTrainingArguments, # before a token budget has changed its accumulation
+    dataset: Dataset | None, # a LlavaDataset
+) -> dict:
+    "What must not change between a checkpoint and the run that goes on from it."
+    names = ("stage", "sampler", "objective", "zero", "learning_rate", "projector_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_type", "warmup_steps",
+             "max_grad_norm", "max_steps", "num_train_epochs", "seed", "bf16", "fp16", "per_device_train_batch_size", "max_tokens")
+    found = {name: str(getattr(args, name)) for name in names} | {"ranks": args.world_size, "global_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size}
+    if dataset is None: return found
+    hashed = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (dataset.lengths, dataset.supervised, dataset.has_image)))
+    return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "template": dataset.template.name, "model_max_length": dataset.encoder.max_length,
+                    "image_aspect_ratio": getattr(dataset.image_transform, "aspect", None)}
+
+class Sealer(TrainerCallback):
+    "Seals every checkpoint ([32_checkpoint](32_checkpoint.ipynb)) and then removes old ones."
+    def __init__(self, keep: int | None, made_with: dict): self.keep, self.made_with = keep, made_with      # `keep` None: all
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save: (folder / MADE_WITH).write_text(json.dumps(self.made_with, indent=1))
+        seal(folder)
+        if self.keep and args.should_save: rotate(args.output_dir, self.keep)
+
 class LlavaTrainer(MeteredTrainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
@@ -193,8 +220,10 @@ class LlavaTrainer(MeteredTrainer):
         set_recompute(model, args.recompute)
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
         self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None
+        self.guard, self.row_losses, recipe = Guard(), (0, []), made_with(args, train_dataset)
+        keep, args.save_total_limit = args.save_total_limit, None       # the Trainer would remove the last sound one before the next is sealed
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=PackedCollator(shape),
-                         processing_class=tokenizer, callbacks=callbacks)
+                         processing_class=tokenizer, callbacks=[*(callbacks or []), self.guard, Sealer(keep, recipe)])
         self.image_processor, self.settings = image_processor, model.config.llava_nb
         self.loss_is_scaled_for_ga = True       # `token_weights` covers accumulation
         self.start_meter(sizes)
@@ -207,7 +236,16 @@ class LlavaTrainer(MeteredTrainer):
 
     def _run_epoch(self, *, epoch: int, **kwargs):
         self.plan_sampler.set_epoch(epoch)      # transformers does not tell a custom sampler, least of all on a resume
-        return super()._run_epoch(epoch=epoch, **kwargs)
+        if self.state.global_step < self.state.max_steps: super()._run_epoch(epoch=epoch, **kwargs)
+        else: self.control.should_training_stop = True       # a finished run, resumed: transformers would go on to the end of the epoch
+
+    def refused(self) -> list[dict]: # `rank`, `row`, `loss`, `records` (their ids)
+        "The rows of the step that the guard refused: those whose loss is not finite, or all of them. Every rank must call."
+        rows = self.plan_sampler.step(self.state.global_step % self.plan_sampler.plan.steps)
+        mine = [{"rank": self.args.process_index, "row": k, "loss": float(loss), "records": [record_id(self.train_dataset.records[i]) for i, _ in row]}
+                for k, (row, loss) in enumerate(zip(rows, self.row_losses[1]))]
+        found = [row for part in gathered(mine) for row in part]
+        return [r for r in found if not math.isfinite(r["loss"])] or found
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         "Four groups, or two without a rate for the projector."
@@ -227,6 +265,8 @@ class LlavaTrainer(MeteredTrainer):
         alone = model.training and self.plan_sampler.plan.mode == "modality" and not len(inputs["picture_of"])      # then no rank has a picture
         loss = row_loss(model, inputs | {"tower": not alone}, self.settings["text_vocab_size"], self.model.config.image_token_id)
         if model.training:
+            step = self.state.global_step
+            self.row_losses = step, [*(self.row_losses[1] if self.row_losses[0] == step else []), loss.detach()]
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bytes_per_rank', 'deepspeed_config', 'fetch_whole_layers', 'read_deepspeed_config', 'init_distributed', 'rank',
-           'world_size', 'leave']
+           'world_size', 'wait', 'gathered', 'leave']
 
 # %% ../nbs/31_zero.ipynb #46623238
 import atexit
@@ -75,7 +75,7 @@ def read_deepspeed_config(
         config["gradient_clipping"] = max_grad_norm
     return config
 
-# %% ../nbs/31_zero.ipynb #03884460
+# %% ../nbs/31_zero.ipynb #6f5348be
 def init_distributed(
     timeout_s: int = 1800, # how long a rank waits for another before it gives up
 ) -> None:
@@ -103,6 +103,19 @@ def rank() -> int:
 def world_size() -> int:
     "Number of ranks, from the launcher."
     return int(os.environ.get("WORLD_SIZE", 1))
+
+def wait() -> None:
+    "Until all ranks are here."
+    if torch.distributed.is_initialized(): torch.distributed.barrier()
+
+def gathered(
+    mine, # of this rank; anything that can be pickled
+) -> list: # of all ranks, by rank
+    "What each rank has, for all. Every rank must call."
+    if not torch.distributed.is_initialized(): return [mine]
+    found = [None] * world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 # %% ../nbs/31_zero.ipynb #c767fdbf
 def leave(

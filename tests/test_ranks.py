@@ -5,7 +5,6 @@ other has none (both ways round), steps without any picture, accumulation, four 
 """
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors import safe_open
-from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
+from runs import RECORDS, STEPS, TIMEOUT, config, farthest, launch, losses, make_world, weights
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_nb.checkpoint import save_llava
 from llava_nb.conversation import get_template
-from llava_nb.llava import load_llava, tiny_llava
+from llava_nb.demo import tower_from_wheel
+from llava_nb.llava import load_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.meter import shape_of
 from llava_nb.packing import micro_steps_for
@@ -27,75 +25,9 @@ from llava_nb.records import encode
 from llava_nb.sampler import Plan
 from llava_nb.trainer import PlanSampler
 
-ROOT = Path(__file__).resolve().parent.parent
-RECORDS, STEPS, TIMEOUT = 96, 20, 240
-
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Records, pictures and a llava-hf folder for a run."""
-    where = tmp_path_factory.mktemp("world")
-    rng, records = np.random.default_rng(0), []
-    for k in range(RECORDS):
-        words = " ".join(f"word{rng.integers(50)}" for _ in range(rng.integers(2, 12)))
-        record = {"id": str(k), "conversations": [{"from": "human", "value": f"What is {k}?"}, {"from": "gpt", "value": words}]}
-        if rng.random() < .35:
-            Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(where / f"{k}.png")
-            record["image"] = f"{k}.png"; record["conversations"][0]["value"] = "<image>\nWhat is this?"
-        records.append(record)
-    (where / "records.json").write_text(json.dumps(records))
-    tokenizer = tiny_tokenizer()
-    model = tiny_llava(tokenizer, seed=3)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    save_llava(model, where / "start", tokenizer, processor)
-    return where
-
-
-def config(world: Path, name: str, **changes) -> tuple[Path, dict]:
-    """A configuration file for the small run."""
-    settings = {
-        "model": str(world / "start"), "data_path": str(world / "records.json"), "image_folder": str(world), "output_dir": str(world / name),
-        "template": "v1", "image_aspect_ratio": "pad", "model_max_length": 256, "stage": 2, "sampler": "random", "max_steps": STEPS,
-        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "projector_lr": 2e-4, "weight_decay": 0.1,
-        "save_strategy": "steps", "save_steps": 10, "report_to": "none", "dataloader_num_workers": 0, "disable_tqdm": True,
-    } | changes
-    file = world / f"{name}.json"
-    file.write_text(json.dumps(settings))
-    return file, settings
-
-
-def launch(file: Path, ranks: int, *flags: str) -> list[float]:
-    """Run train.py and return its losses. A hang is a failure, not a wait."""
-    bin_dir = Path(sys.executable).parent
-    command = [sys.executable] if ranks == 0 else [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
-    if not torch.cuda.is_available(): env["DS_ACCELERATOR"] = "cpu"
-    done = subprocess.run([*command, str(ROOT / "llava_nb" / "train.py"), str(file), *flags], env=env, capture_output=True, text=True, timeout=TIMEOUT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return losses(Path(json.loads(file.read_text())["output_dir"]))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def losses(run: Path) -> list[float]:
-    newest = max(run.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    return [h["loss"] for h in json.loads((newest / "trainer_state.json").read_text())["log_history"] if "loss" in h]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as f: found |= {k: f.get_tensor(k) for k in f.keys()}
-    return found
-
-
-def farthest(a: dict, b: dict) -> float:
-    assert a.keys() == b.keys() and a
-    return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
+def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +79,15 @@ def test_steps_of_one_modality_without_the_tower_and_recomputation_change_nothin
     for how in ("cheap", "full"):
         assert launch(config(world, f"modality_{how}", sampler="modality", zero=3, recompute=how)[0], 2) == pytest.approx(plain, abs=1e-5)
         assert farthest(weights(world / "modality"), weights(world / f"modality_{how}")) < 1e-6
+
+
+def test_parts_are_put_together_under_zero3(world):
+    """A language model and the kit's own tower as folders; the tower is asked for its features while ZeRO-3 is alive."""
+    tokenizer = tiny_tokenizer()
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(world / "llm")
+    tokenizer.save_pretrained(world / "llm"); tower_from_wheel(world / "tower")
+    parts = {"model": None, "language_model": str(world / "llm"), "vision_tower": str(world / "tower"), "projector": "random", "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    assert len(launch(config(world, "parts", **parts, zero=3, max_steps=2, save_steps=1)[0], 1)) == 2
 
 
 def test_zero3_resumes_with_equal_losses(world, zero3):

@@ -1,0 +1,95 @@
+"""A small run for tests that launch `train.py` itself: its records, pictures and model, and what it leaves."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import CLIPImageProcessorPil
+
+from llava_nb.checkpoint import save_llava
+from llava_nb.llava import tiny_llava
+from llava_nb.masking import tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS, STEPS, TIMEOUT = 96, 20, 240
+
+
+def make_world(where: Path) -> Path:
+    """Records, pictures and a llava-hf folder for a run."""
+    rng, records = np.random.default_rng(0), []
+    for k in range(RECORDS):
+        words = " ".join(f"word{rng.integers(50)}" for _ in range(rng.integers(2, 12)))
+        record = {"id": str(k), "conversations": [{"from": "human", "value": f"What is {k}?"}, {"from": "gpt", "value": words}]}
+        if rng.random() < .35:
+            Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(where / f"{k}.png")
+            record["image"] = f"{k}.png"; record["conversations"][0]["value"] = "<image>\nWhat is this?"
+        records.append(record)
+    (where / "records.json").write_text(json.dumps(records))
+    tokenizer = tiny_tokenizer()
+    model = tiny_llava(tokenizer, seed=3)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    save_llava(model, where / "start", tokenizer, processor)
+    return where
+
+
+def config(world: Path, name: str, **changes) -> tuple[Path, dict]:
+    """A configuration file for the small run."""
+    settings = {
+        "model": str(world / "start"), "data_path": str(world / "records.json"), "image_folder": str(world), "output_dir": str(world / name),
+        "template": "v1", "image_aspect_ratio": "pad", "model_max_length": 256, "stage": 2, "sampler": "random", "max_steps": STEPS,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 1e-4, "projector_lr": 2e-4, "weight_decay": 0.1,
+        "save_strategy": "steps", "save_steps": 10, "report_to": "none", "dataloader_num_workers": 0, "disable_tqdm": True,
+    } | changes
+    file = world / f"{name}.json"
+    file.write_text(json.dumps(settings))
+    return file, settings
+
+
+def command(file: Path, ranks: int, *flags: str) -> dict:
+    """How train.py is started: by Python alone, or by the launcher for 1 or 2 ranks."""
+    bin_dir = Path(sys.executable).parent
+    start = [sys.executable] if ranks == 0 else [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+    if not torch.cuda.is_available(): env["DS_ACCELERATOR"] = "cpu"
+    return {"args": [*start, str(ROOT / "llava_nb" / "train.py"), str(file), *flags], "env": env, "text": True}
+
+
+def run(file: Path, ranks: int, *flags: str) -> subprocess.CompletedProcess:
+    """Run train.py. A hang is a failure, not a wait."""
+    return subprocess.run(**command(file, ranks, *flags), capture_output=True, timeout=TIMEOUT)
+
+
+def launch(file: Path, ranks: int, *flags: str) -> list[float]:
+    """Run train.py to its end and return its losses."""
+    done = run(file, ranks, *flags)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return losses(Path(json.loads(file.read_text())["output_dir"]))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def losses(run: Path) -> list[float]:
+    newest = max(run.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    return [h["loss"] for h in json.loads((newest / "trainer_state.json").read_text())["log_history"] if "loss" in h]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as f: found |= {k: f.get_tensor(k) for k in f.keys()}
+    return found
+
+
+def farthest(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys() and a
+    return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)

@@ -1,0 +1,167 @@
+"""What a run survives: a checkpoint half written or changed, a kill at any instant, a signal to any rank, a gradient that is no number."""
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import TIMEOUT, command, config, farthest, launch, losses, make_world, run, weights
+
+from llava_nb.checkpoint import MANIFEST, checkpoints, fault, resolve_resume, rotate, seal
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """The run that nothing happens to, every step saved."""
+    return launch(config(world, "whole", save_steps=1, gradient_accumulation_steps=4)[0], 0), weights(world / "whole")
+
+
+def checkpoint(run_dir: Path, step: int, sealed: bool = True) -> Path:
+    folder = run_dir / f"checkpoint-{step}"
+    (folder / "global_step1").mkdir(parents=True)
+    for name in ("model.safetensors", "trainer_state.json", "global_step1/rank.pt"): (folder / name).write_bytes(random.Random(step).randbytes(300))
+    if sealed: seal(folder)
+    return folder
+
+
+def test_every_changed_byte_and_every_missing_file_of_a_sealed_checkpoint_is_found(tmp_path):
+    folder = checkpoint(tmp_path, 1)
+    assert not fault(folder)
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        kept = path.read_bytes()
+        for k in range(len(kept)):
+            path.write_bytes(kept[:k] + bytes([kept[k] ^ (1 << k % 8)]) + kept[k + 1:])
+            assert fault(folder), (path.name, k)
+        for wrong in (kept[:-1], kept + b" ", b""):
+            path.write_bytes(wrong); assert fault(folder)
+        path.unlink(); assert fault(folder)
+        path.write_bytes(kept)
+    assert not fault(folder)
+
+
+def test_the_newest_sound_checkpoint_is_taken_and_the_others_are_set_aside_by_name(tmp_path, capsys):
+    for step in (5, 9, 10): checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 11, sealed=False)
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_bytes(b"x" * 300)
+    assert resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-9")
+    said = capsys.readouterr().out
+    assert "checkpoint-11: it has no readable MANIFEST.json: saving it was interrupted; set aside as damaged-checkpoint-11" in said and "checkpoint-10: trainer_state.json was changed" in said
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-9"] and (tmp_path / "damaged-checkpoint-10" / "model.safetensors").is_file()
+
+
+def test_a_run_never_starts_over_by_itself(tmp_path):
+    assert resolve_resume(None, tmp_path) is None and resolve_resume("False", tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="nothing to resume, no checkpoint"): resolve_resume("True", tmp_path)
+    checkpoint(tmp_path, 3, sealed=False)
+    with pytest.raises(FileNotFoundError, match="checkpoint-3: it has no readable MANIFEST.json.*move them away to start anew"): resolve_resume(None, tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds checkpoint-3 of an earlier run"): resolve_resume("False", tmp_path)
+    checkpoint(tmp_path, 2)
+    with pytest.raises(FileNotFoundError, match="cannot be resumed, .* sound ones in .*: checkpoint-2"): resolve_resume(str(tmp_path / "checkpoint-3"), tmp_path)
+
+
+def test_rotation_keeps_two_sealed_ones_at_least(tmp_path):
+    for step in (1, 2, 3, 12): checkpoint(tmp_path, step)
+    checkpoint(tmp_path, 4, sealed=False)
+    rotate(tmp_path, 1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-4", "checkpoint-12"]
+
+
+def test_a_run_keeps_as_many_sealed_checkpoints_as_it_is_told(world):
+    launch(config(world, "kept", save_steps=4, save_total_limit=1)[0], 0)
+    assert [p.name for p in checkpoints(world / "kept")] == ["checkpoint-16", "checkpoint-20"] and not any(map(fault, checkpoints(world / "kept")))
+
+
+@pytest.mark.parametrize("ranks, changes", [(0, {}), (2, {"zero": 2}), (2, {"zero": 3})])
+def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_weights_change(world, ranks, changes):
+    """A rate of 1e20 makes the weights huge at the second step and the third step's gradient NaN: a real one."""
+    name = f"nan{ranks}{changes.get('zero', '')}"
+    done = run(config(world, name, learning_rate=1e20, projector_lr=None, save_steps=1, **changes)[0], ranks)
+    assert done.returncode == 5, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads((world / name / "not_finite.json").read_text())
+    line = next(line for line in done.stderr.splitlines() if "the gradient is not finite" in line)
+    assert f"step {found['step']}:" in line and "no weight was changed" in line and found["rows"] and all(r["records"] for r in found["rows"])
+    assert {r["rank"] for r in found["rows"]} <= set(range(max(ranks, 1))) and set(sum((r["records"] for r in found["rows"]), [])) <= {str(k) for k in range(96)}
+    assert checkpoints(world / name)[-1].name == f"checkpoint-{found['step'] - 1}" and "done:" not in done.stdout
+    assert not (world / name / "model.safetensors").exists()
+
+
+def started(file: Path, ranks: int, step: int) -> subprocess.Popen:
+    """A run that has just logged a step."""
+    process = subprocess.Popen(**command(file, ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        if line.split()[:1] == ["step"] and int(line.split()[1].split("/")[0]) >= step: return process
+    raise AssertionError("the run ended before it logged a step")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(world, whole, sign):
+    file, settings = config(world, f"signal{sign.name}", save_steps=1000, gradient_accumulation_steps=4)
+    process = started(file, 0, 3)
+    process.send_signal(sign); time.sleep(.05)
+    if process.poll() is None: process.send_signal(sign)          # a second one changes nothing
+    said = process.stdout.read()
+    assert process.wait(TIMEOUT) == 75, said
+    (left,) = checkpoints(Path(settings["output_dir"]))
+    assert f"by {sign.name}; the same command goes on from {left.name}" in said and not fault(left)
+    assert launch(file, 0) == whole[0] and farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
+
+
+def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_as_if_nothing_had_been(world):
+    file, settings = config(world, "one_rank", zero=3, save_steps=1000)
+    process = started(file, 2, 3)
+    rank1 = [p for p in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in p.cmdline() and "train.py" in " ".join(p.cmdline()) and "launch" not in " ".join(p.cmdline())]
+    os.kill(rank1[0].pid, signal.SIGTERM)
+    said = process.stdout.read()
+    assert process.wait(TIMEOUT) == 75, said
+    assert len(checkpoints(Path(settings["output_dir"]))) == 1
+    quiet, _ = config(world, "two_ranks", zero=3, save_steps=1000)
+    assert launch(file, 2) == launch(quiet, 2)
+    assert farthest(weights(world / "one_rank"), weights(world / "two_ranks")) == 0
+
+
+def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_been(world, whole):
+    """Every step saves, so most kills fall into a save."""
+    file, settings = config(world, "killed", save_steps=1, gradient_accumulation_steps=4)
+    rng, kills, out = random.Random(7), 0, Path(settings["output_dir"])
+    for _ in range(30):
+        process = subprocess.Popen(**command(file, 0), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for line in process.stdout:
+            if line.startswith("step"): break
+        time.sleep(rng.uniform(0, .4))
+        process.kill(); process.stdout.read()
+        if process.wait(TIMEOUT) == 0: break
+        kills += 1
+        if kills == 5: break
+    assert kills >= 3
+    assert launch(file, 0) == whole[0] and farthest(weights(out), whole[1]) == 0
+    assert not any(map(fault, checkpoints(out)))
+
+
+def test_a_finished_run_has_nothing_left_to_do(world, whole):
+    file, settings = config(world, "whole", save_steps=1, gradient_accumulation_steps=4)
+    done = run(file, 0)
+    assert done.returncode == 0 and "nothing was left to do: all 20 steps" in done.stdout
+    assert losses(world / "whole") == whole[0] and farthest(weights(world / "whole"), whole[1]) == 0
+    assert (world / "whole" / "checkpoint-20" / MANIFEST).is_file() and not (world / "whole" / "checkpoint-21").exists()
+
+
+@pytest.mark.parametrize("changes, said", [({"learning_rate": 2e-4}, "learning_rate: 0.0001 then, 0.0002 now"), ({"seed": 7}, "seed: 42 then, 7 now"), ({"template": "llava_llama_2"}, "template: v1 then, llava_llama_2 now"),
+                                           ({"gradient_accumulation_steps": 2}, "global_batch: 4 then, 2 now"), ({"model_max_length": 255}, "model_max_length: 256 then, 255 now")])
+def test_going_on_with_something_else_is_refused_with_the_difference(world, whole, changes, said, capsys):
+    from llava_nb import train
+    file, settings = config(world, "other", save_steps=1)
+    Path(settings["output_dir"]).mkdir(exist_ok=True)
+    link = Path(settings["output_dir"]) / "checkpoint-7"
+    if not link.exists(): link.symlink_to(world / "whole" / "checkpoint-7")
+    file.write_text(json.dumps(settings | {"gradient_accumulation_steps": 4, "use_cpu": True} | changes))
+    assert train.main([str(file)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and "--allow_changes True" in err and err.count("\n") == 1
