@@ -12,7 +12,7 @@ ENV    = PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(if
 PYTEST = $(ENV) OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 NBTEST = $(ENV) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n-workers 2
 
-.PHONY: help demo test test-all bench export notebooks readme lab
+.PHONY: help demo test test-all torture bench export notebooks readme lab
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -30,6 +30,9 @@ test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with
 	$(PYTEST) tests/test_sync.py
 	$(NBTEST) --flags slow --cell-timeout 2400
 	$(PYTEST) tests --ignore tests/test_sync.py
+
+torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants
+	KILLS=50 $(PYTEST) tests/test_reliability.py -s
 
 bench: $(STAMP)  ## time what is timed, one script after another
 	@for script in bench/*.py; do if [ -e "$$script" ]; then $(ENV) $(BIN)/python "$$script" || exit 1; fi; done

@@ -6,10 +6,10 @@
 __all__ = ['BACKENDS', 'record_lengths', 'packed_attention', 'packed_row_mask', 'register_attention', 'objection',
            'choose_attention', 'use_attention']
 
-# %% ../nbs/17_attention.ipynb #12113201
+# %% ../nbs/17_attention.ipynb #7b3189b1
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -29,7 +29,7 @@ def record_lengths(
         position_ids.record_lengths = [b - a for a, b in zip(starts, [*starts[1:], position_ids.shape[1]])]
     return position_ids.record_lengths
 
-# %% ../nbs/17_attention.ipynb #3eb7cf6b
+# %% ../nbs/17_attention.ipynb #2757ca82
 def _sdpa(module, query, key, value, position_ids, **kwargs):
     parts = (t.split(record_lengths(position_ids), 2) for t in (query, key, value))
     return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*parts)], dim=1)
@@ -54,14 +54,12 @@ def _flex(module, query, key, value, position_ids, scaling=None, **kwargs):
     if not hasattr(position_ids, "blocks"):
         record = (position_ids[0] == 0).cumsum(0)
         def sees(batch, head, q, k): return (q >= k) & (record[q] == record[k])
-        position_ids.blocks = create_block_mask(sees, None, None, len(record), len(record), device=record.device, _compile=True)
-    return _compiled_flex()(query, key, value, block_mask=position_ids.blocks, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)
+        position_ids.blocks = _compiled(create_block_mask)(sees, None, None, len(record), len(record), device=record.device)
+    return _compiled(flex_attention)(query, key, value, block_mask=position_ids.blocks, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]).transpose(1, 2)
 
-def _compiled_flex() -> Callable:
-    if "flex" not in _COMPILED: _COMPILED["flex"] = torch.compile(flex_attention, dynamic=True)
-    return _COMPILED["flex"]
+@cache
+def _compiled(function: Callable) -> Callable: return torch.compile(function, dynamic=True)
 
-_COMPILED: dict[str, Callable] = {}
 BACKENDS = {"varlen": _varlen, "flash": _flash, "flex": _flex, "sdpa": _sdpa}      # in the order that "auto" tries them on a GPU
 
 # %% ../nbs/17_attention.ipynb #11060232

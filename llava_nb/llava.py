@@ -186,7 +186,7 @@ def tiny_llava(
     with seeded(seed):
         return build_llava(AutoModelForCausalLM.from_config(text), AutoModel.from_config(vision), tokenizer, seed=seed, **settings)
 
-# %% ../nbs/21_llava.ipynb #c9a021ef
+# %% ../nbs/21_llava.ipynb #227f0672
 RECOMPUTE = ("none", "cheap", "full")
 
 def set_recompute(
@@ -195,10 +195,11 @@ def set_recompute(
 ) -> None:
     "What the decoder's layers compute again in the backward pass (gradient checkpointing)."
     if how not in RECOMPUTE: raise ValueError(f"recompute {how!r} is unknown; use {', '.join(RECOMPUTE)}")
-    model.gradient_checkpointing_disable()
+    enable, disable = (getattr(model, f"activation_checkpointing_{do}", None) or getattr(model, f"gradient_checkpointing_{do}") for do in ("enable", "disable"))      # transformers' new name, and its old
+    disable()
     if how == "none": return
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if how == "cheap" else {}
-    model.gradient_checkpointing_enable({"use_reentrant": False} | contexts)
+    enable({"use_reentrant": False} | contexts)
 
 def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
     name = str(op).split(".")[1]                     # aten.mm.default

@@ -1,4 +1,5 @@
 """What a run survives: a checkpoint half written or changed, a kill at any instant, a signal to any rank, a gradient that is no number."""
+import itertools
 import json
 import os
 import random
@@ -127,22 +128,32 @@ def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_as_if_nothing_had_b
     assert farthest(weights(world / "one_rank"), weights(world / "two_ranks")) == 0
 
 
-def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_been(world, whole):
-    """Every step saves, so most kills fall into a save."""
-    file, settings = config(world, "killed", save_steps=1, gradient_accumulation_steps=4)
-    rng, kills, out = random.Random(7), 0, Path(settings["output_dir"])
-    for _ in range(30):
+def killed(file: Path, out: Path, rng: random.Random, kills: int) -> tuple[int, int]:
+    """Start and kill a run until it has been killed so often, or is done; how often, and how often inside a save."""
+    inside = 0
+    for k in range(kills):
         process = subprocess.Popen(**command(file, 0), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for line in process.stdout:
             if line.startswith("step"): break
         time.sleep(rng.uniform(0, .4))
         process.kill(); process.stdout.read()
-        if process.wait(TIMEOUT) == 0: break
-        kills += 1
-        if kills == 5: break
-    assert kills >= 3
-    assert launch(file, 0) == whole[0] and farthest(weights(out), whole[1]) == 0
-    assert not any(map(fault, checkpoints(out)))
+        if process.wait(TIMEOUT) == 0: return k, inside
+        inside += any(not (p / MANIFEST).is_file() for p in checkpoints(out))
+    return kills, inside
+
+
+def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_been(world, whole):
+    """Every step saves, so that many kills fall into a save. KILLS says how many: 4 every day, 50 by `make torture`."""
+    wanted, total, inside, rng = int(os.environ.get("KILLS", 4)), 0, 0, random.Random(7)
+    for round in itertools.count():
+        file, settings = config(world, f"killed{round}", save_steps=1, gradient_accumulation_steps=4)
+        out = Path(settings["output_dir"])
+        found = killed(file, out, rng, min(4, wanted - total))
+        total, inside = total + found[0], inside + found[1]
+        assert launch(file, 0) == whole[0] and farthest(weights(out), whole[1]) == 0, round
+        assert not any(map(fault, checkpoints(out)))
+        if total >= wanted: break
+    print(f"{total} kills, {inside} of them inside a save: every run went on and ended with the same losses and weights")
 
 
 def test_a_finished_run_has_nothing_left_to_do(world, whole):
