@@ -32,7 +32,7 @@ test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with
 	$(PYTEST) tests --ignore tests/test_sync.py
 
 torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants
-	KILLS=50 $(PYTEST) tests/test_reliability.py -s
+	KILLS=50 FUZZ=200000 $(PYTEST) tests/test_reliability.py tests/test_fuzz.py -s
 
 bench: $(STAMP)  ## time what is timed, one script after another
 	@for script in bench/*.py; do if [ -e "$$script" ]; then $(ENV) $(BIN)/python "$$script" || exit 1; fi; done

@@ -8,7 +8,7 @@ __all__ = ['STYLES', 'UNSEEN_STYLE', 'GROUPS', 'HUES', 'UNSEEN_STYLE_TYPES', 'UN
            'question', 'Asker', 'Writer', 'build_data', 'language_model_from_wheel', 'tower_from_wheel', 'Layout',
            'layouts', 'launch', 'Demo', 'evaluate', 'page', 'chat', 'main']
 
-# %% ../nbs/60_demo.ipynb #ef5eeec8
+# %% ../nbs/60_demo.ipynb #43f88afc
 import argparse
 import importlib.util
 import json
@@ -36,6 +36,7 @@ from .imageproc import ImageTransform
 from .llava import load_llava
 from .conversation import get_template
 from .vision import image_processor_for
+from .zero import free_port
 
 # %% ../nbs/60_demo.ipynb #71ef8852
 STYLES, UNSEEN_STYLE = ("noto", "twemoji", "openmoji"), "fluent"
@@ -261,7 +262,7 @@ def tower_from_wheel(
     efficientnet.from_wheel().save_pretrained(folder)
     efficientnet.image_processor().save_pretrained(folder)
 
-# %% ../nbs/60_demo.ipynb #3c7a716c
+# %% ../nbs/60_demo.ipynb #4012b145
 STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 2e-3, "warmup_steps": 0.05}
 STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 2e-4, "projector_lr": 5e-4, "warmup_steps": 0.05}
 COMMON = {"bf16": True, "max_grad_norm": 1.0, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0, "model_max_length": 512, "seed": 42, "num_train_epochs": 1000,
@@ -298,7 +299,7 @@ def launch(
            "THP_MEM_ALLOC_ENABLE": "1"}      # torch then takes memory in large pages: fewer page faults on a CPU
     if not torch.cuda.is_available(): env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(layout.threads)}
     with open(out / "output.log", "w") as log:
-        done = subprocess.run([str(bin_dir / "deepspeed"), "--num_gpus", str(layout.ranks), str(train), str(file)], env=env, **({"stdout": log, "stderr": log} if quiet else {}))
+        done = subprocess.run([str(bin_dir / "deepspeed"), "--num_gpus", str(layout.ranks), "--master_port", str(free_port()), str(train), str(file)], env=env, **({"stdout": log, "stderr": log} if quiet else {}))
     if done.returncode: raise RuntimeError(f"training ended with code {done.returncode}" + (f"; see {out / 'output.log'}" if quiet else ""))
     return [h for h in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in h]
 

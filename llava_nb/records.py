@@ -267,7 +267,7 @@ def picture_problems(
         except ValueError as e: problems[image] = _printable(str(e))
     return problems
 
-# %% ../nbs/13_records.ipynb #26eff52d
+# %% ../nbs/13_records.ipynb #71e4242b
 BLOCK, SMALL = 2048, 1 << 23       # records of a block; bytes of data below which worker processes cost more than they save
 
 class Records(Sequence):
@@ -298,10 +298,14 @@ class Records(Sequence):
         "Check records that are in files, or use the conversion that is there. One process of a machine converts, the others wait for it."
         found = data_files(path)
         folder = Path(cache or cache_folder()) / _key(found, gate)
-        try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise OSError(f"{folder}: no place for the converted records ({e.strerror}); name another with --records_cache") from None
-        with FileLock(str(folder) + ".lock"):
-            if not (folder / "done.json").is_file(): convert(found, gate, folder, workers)
+        done = folder / "done.json"
+        if not done.is_file():
+            lock = FileLock(str(folder) + ".lock")
+            try: folder.mkdir(parents=True, exist_ok=True); lock.acquire()
+            except OSError as e: raise OSError(f"{folder}: no place for the converted records ({e.strerror}); name another with --records_cache") from None
+            try:
+                if not done.is_file(): convert(found, gate, folder, workers)
+            finally: lock.release()
         return cls.open(folder)
 
     @classmethod

@@ -1,7 +1,6 @@
 """A small run for tests that launch `train.py` itself: its records, pictures and model, and what it leaves."""
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import CLIPImageProcessorPil
 from llava_nb.checkpoint import save_llava
 from llava_nb.llava import tiny_llava
 from llava_nb.masking import tiny_tokenizer
+from llava_nb.zero import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, STEPS, TIMEOUT = 96, 20, 240
@@ -70,12 +70,6 @@ def launch(file: Path, ranks: int, *flags: str) -> list[float]:
     done = run(file, ranks, *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return losses(Path(json.loads(file.read_text())["output_dir"]))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def losses(run: Path) -> list[float]:
