@@ -92,7 +92,7 @@ def unsayable(
     first, rows = model.config.llava_nb["text_vocab_size"], model.config.text_config.vocab_size
     return sorted({model.config.image_token_id, *range(first, rows)})
 
-# %% ../nbs/32_checkpoint.ipynb #04adcd4e
+# %% ../nbs/32_checkpoint.ipynb #fb03794f
 MANIFEST = "MANIFEST.json"
 
 def seal(
@@ -103,7 +103,7 @@ def seal(
     zero.wait()
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     mine = {name: _settled(folder / name) for name in names[zero.rank()::zero.world_size()]}
-    found = {k: v for part in zero.gathered(mine) for k, v in part.items()}
+    found = {k: v for part in zero.from_all_ranks(mine) for k, v in part.items()}
     if zero.rank() == 0: _write_durably(folder / MANIFEST, _manifest(found))
     zero.wait()
 
@@ -145,7 +145,7 @@ def fault(
     except (ValueError, KeyError, TypeError, AttributeError): return f"its {MANIFEST} was changed"
     return ""
 
-# %% ../nbs/32_checkpoint.ipynb #26daa915
+# %% ../nbs/32_checkpoint.ipynb #77837e84
 def checkpoints(
     run_dir: str | Path, # output folder of a run
 ) -> list[Path]: # oldest first, whole or not
@@ -162,7 +162,7 @@ def resolve_resume(
     if zero.rank() == 0:
         try: told = _resolve(resume, Path(run_dir)), None
         except OSError as e: told = None, str(e)
-    found, error = zero.gathered(told)[0]
+    found, error = zero.from_all_ranks(told)[0]
     if error: raise FileNotFoundError(error)
     return found
 

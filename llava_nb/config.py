@@ -179,7 +179,7 @@ def check_names(
             near = difflib.get_close_matches(key, known, 1)
             raise ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; `python -m llava_nb.train --help` lists them all"))
 
-# %% ../nbs/00_config.ipynb #1a7d5ce7
+# %% ../nbs/00_config.ipynb #a5dd285e
 def by_stage(
     data: DataConfig, # changed in place
     stage: int,
@@ -205,7 +205,6 @@ def check(
     refuse(stage == 1 and projector_lr is not None, "stage 1 trains nothing but the projector: set `learning_rate`, not `projector_lr`")
     refuse(stage == 2 and data.template == "plain", "template 'plain' throws questions away and belongs to stage 1; use 'v1' or the language model's own ('chat_template')")
     refuse(data.image_aspect_ratio not in (None, "square", "pad"), f"image_aspect_ratio {data.image_aspect_ratio!r} is unknown; use 'square' or 'pad'")
-    refuse(model.attention not in ("auto", "varlen", "flash", "flex", "sdpa"), f"attention {model.attention!r} is unknown; use auto, varlen, flash, flex or sdpa")
     refuse(data.bad_records not in ("error", "skip"), f"bad_records {data.bad_records!r} is unknown; use 'error' or 'skip'")
     if files: _check_files(model, data)
 

@@ -267,7 +267,7 @@ def picture_problems(
         except ValueError as e: problems[image] = _printable(str(e))
     return problems
 
-# %% ../nbs/13_records.ipynb #71e4242b
+# %% ../nbs/13_records.ipynb #76d50a7e
 BLOCK, SMALL = 2048, 1 << 23       # records of a block; bytes of data below which worker processes cost more than they save
 
 class Records(Sequence):
@@ -347,6 +347,7 @@ class Records(Sequence):
         problems = sorted(self.problems + told, key=lambda p: (p.file, p.index))
         return Records(self.table, problems, self.files, self.folder, np.flatnonzero(~bad))
 
+# %% ../nbs/13_records.ipynb #86024084
 def _good(table): return table.filter(pa.compute.is_null(table["problem"]))
 def _bad(table): return table.filter(pa.compute.is_valid(table["problem"]))
 def _problem(row: dict, files: list[str]) -> Problem: return Problem(row["index"], row["id"], row["problem"], files[row["file"]])

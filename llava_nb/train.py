@@ -48,7 +48,7 @@ import llava_nb.trainer as trainer
 import llava_nb.vision as vision
 import llava_nb.zero as zero
 
-# %% ../nbs/90_train.ipynb #90031a89
+# %% ../nbs/90_train.ipynb #9de8dff6
 @dataclasses.dataclass
 class Run:
     "A complete, typed configuration."
@@ -84,7 +84,7 @@ def check_training(
     def refuse(when: bool, message: str):
         if when: raise ValueError(message)
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("recompute", args.recompute, llava.RECOMPUTE), ("zero", args.zero, (0, 1, 2, 3)),
+    for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("recompute", args.recompute, llava.RECOMPUTE), ("attention", run.model.attention, ("auto", *attention.BACKENDS)), ("zero", args.zero, (0, 1, 2, 3)),
                                ("eval_strategy", evaluates, ("no", "steps", "epoch"))):
         refuse(value is not None and value not in known, f"{name} {value!r} is unknown; use one of {', '.join(map(str, known))}")
     for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("max_tokens", args.max_tokens), ("threads", run.run.threads)):
@@ -179,7 +179,7 @@ def _unpartitioned():
         finally: integration._hf_deepspeed_config_weak_ref = kept
     return off()
 
-# %% ../nbs/90_train.ipynb #3f8dc4b5
+# %% ../nbs/90_train.ipynb #19136faf
 @dataclasses.dataclass
 class Pieces:
     "What a Trainer is made of."
@@ -204,6 +204,7 @@ def build(
     if run.run.resume and not run.run.allow_changes: checkpoint.check_same(run.run.resume, trainer.made_with(args, train))
     return Pieces(load_model(run, args, start_folder(run, args.output_dir, args.seed)), gate.encoder.tokenizer, processor, train, held_out)
 
+# %% ../nbs/90_train.ipynb #c0aaf0a0
 def gate_of(
     run: Run,
 ) -> records.Gate:
@@ -291,7 +292,7 @@ def summary(
     else: lines.append(f"chat:   python -m llava_nb.chat {args.output_dir} --image PICTURE")
     return "\n".join(lines)
 
-# %% ../nbs/90_train.ipynb #0d7ff943
+# %% ../nbs/90_train.ipynb #900f7f53
 def prepare(
     run: Run,
 ) -> trainer.LlavaTrainer: # ready to train
@@ -309,6 +310,7 @@ def prepare(
     t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)())
     return t
 
+# %% ../nbs/90_train.ipynb #68877592
 def execute(
     run: Run,
     t: trainer.LlavaTrainer, # from `prepare`

@@ -6,7 +6,7 @@
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
            'MeteredTrainer', 'made_with', 'Sealer', 'LlavaTrainer']
 
-# %% ../nbs/33_trainer.ipynb #8bc01e27
+# %% ../nbs/33_trainer.ipynb #d72413a8
 import hashlib
 import json
 import math
@@ -31,7 +31,7 @@ from .optim import parameter_groups
 from .packing import PackedCollator, RowCost, deal, micro_steps_for
 from .records import record_id
 from .sampler import Plan
-from .zero import deepspeed_config, fetch_whole_layers, gathered, init_distributed, read_deepspeed_config, world_size
+from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, world_size
 
 # %% ../nbs/33_trainer.ipynb #ca08b111
 @dataclass
@@ -180,7 +180,7 @@ class MeteredTrainer(Trainer):
             self.logged = self._now()
         super().log(logs, start_time)
 
-# %% ../nbs/33_trainer.ipynb #695897fe
+# %% ../nbs/33_trainer.ipynb #3f3a738b
 def made_with(
     args: LlavaTrainingArguments, # before a token budget has changed its accumulation
     dataset: Dataset | None, # a LlavaDataset
@@ -204,6 +204,7 @@ class Sealer(TrainerCallback):
         seal(folder)
         if self.keep and args.should_save: rotate(args.output_dir, self.keep)
 
+# %% ../nbs/33_trainer.ipynb #0c15dae4
 class LlavaTrainer(MeteredTrainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
@@ -244,7 +245,7 @@ class LlavaTrainer(MeteredTrainer):
         rows = self.plan_sampler.step(self.state.global_step % self.plan_sampler.plan.steps)
         mine = [{"rank": self.args.process_index, "row": k, "loss": float(loss), "records": [record_id(self.train_dataset.records[i]) for i, _ in row]}
                 for k, (row, loss) in enumerate(zip(rows, self.row_losses[1]))]
-        found = [row for part in gathered(mine) for row in part]
+        found = [row for part in from_all_ranks(mine) for row in part]
         return [r for r in found if not math.isfinite(r["loss"])] or found
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:

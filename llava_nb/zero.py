@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bytes_per_rank', 'deepspeed_config', 'fetch_whole_layers', 'read_deepspeed_config', 'init_distributed', 'free_port',
-           'rank', 'world_size', 'wait', 'gathered', 'leave']
+           'rank', 'world_size', 'wait', 'from_all_ranks', 'leave']
 
 # %% ../nbs/31_zero.ipynb #a97020ca
 import atexit
@@ -76,7 +76,7 @@ def read_deepspeed_config(
         config["gradient_clipping"] = max_grad_norm
     return config
 
-# %% ../nbs/31_zero.ipynb #a6d381a6
+# %% ../nbs/31_zero.ipynb #8eaad55e
 def init_distributed(
     timeout_s: int = 1800, # how long a rank waits for another before it gives up
 ) -> None:
@@ -109,7 +109,7 @@ def wait() -> None:
     "Until all ranks are here."
     if torch.distributed.is_initialized(): torch.distributed.barrier()
 
-def gathered(
+def from_all_ranks(
     mine, # of this rank; anything that can be pickled
 ) -> list: # of all ranks, by rank
     "What each rank has, for all. Every rank must call."

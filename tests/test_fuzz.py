@@ -15,7 +15,7 @@ from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.packing import collate_packed
-from llava_nb.records import Gate, encode, record_id
+from llava_nb.records import Gate, LlavaDataset, encode, record_id
 
 COUNT = int(os.environ.get("FUZZ", 3000))
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 200)
@@ -79,14 +79,16 @@ def test_a_mutated_picture_is_decoded_or_refused_and_nothing_else(tmp_path):
     files = []
     for kind, more in (("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("GIF", {"save_all": True, "append_images": [picture.convert("P")] * 2}), ("BMP", {}), ("TIFF", {})):
         buffer = io.BytesIO(); (picture.convert("P") if kind == "GIF" else picture).save(buffer, kind, **more); files.append(buffer.getvalue())
+    (tmp_path / "x").write_bytes(files[0])
     transform = ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}), "pad")
+    dataset = LlavaDataset([{"id": "fuzz", "image": "x", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A fox."}]}], get_template("v1"), ENCODER, transform, tmp_path)
     for _ in range(COUNT // 10):
         data = bytearray(rng.choice(files))
         for _ in range(rng.choice((1, 2, 8, 40))): data[rng.randrange(min(len(data), rng.choice((40, 10**6))))] = rng.randrange(256)
         if rng.random() < .3: del data[rng.randrange(len(data)):]
         (tmp_path / "x").write_bytes(data)
-        try: pixels = transform(tmp_path / "x")
-        except Exception: refused += 1; continue         # the dataset names file and record, whatever Pillow raises
+        try: pixels = dataset[0]["pixel_values"]
+        except ValueError as e: assert "record 0 (id fuzz)" in str(e) and str(tmp_path / "x") in str(e); refused += 1; continue      # whatever Pillow raised
         decoded += 1
         assert pixels.shape == (3, 28, 28) and torch.isfinite(pixels).all()
     assert decoded > COUNT // 100 and refused > COUNT // 100
