@@ -29,7 +29,8 @@ from transformers import CLIPImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import BLOCK, Gate, Records, encode, read_records
+from llava_nb.records import BLOCK, Gate, Records, encode
+from llava_nb.shards import Shards, write_shards
 
 ROOT = Path(__file__).parent.parent
 gate = lambda: Gate(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 576, 2048))      # noqa: E731
@@ -73,7 +74,7 @@ def private(process: psutil.Process) -> float:
 
 
 def weigh(kind: str, path: Path, cache: Path, items: int, workers: int, out) -> None:
-    "In a fresh process: seconds to open, private MB of the rank, growth of a worker over `items` records in random order, records a second."
+    "In a fresh process: seconds to open, private MB of the rank; of a worker after its first batch, at most and at the end of `items` records in random order; records a second."
     torch.set_num_threads(1)
     me, before, start = psutil.Process(), private(psutil.Process()), time.perf_counter()
     data = Listed(path) if kind == "list" else Mapped(path, cache)
@@ -82,7 +83,7 @@ def weigh(kind: str, path: Path, cache: Path, items: int, workers: int, out) -> 
     loader, grown, start = DataLoader(Subset(data, order), batch_size=64, num_workers=workers, collate_fn=len), [], time.perf_counter()
     for k, _ in enumerate(loader):
         if k % max(1, len(loader) // 20) == 0 or k == len(loader) - 2 * workers: grown.append(np.mean([private(c) for c in me.children()]))
-    out.put({"opened": opened, "rank": rank, "growth": max(grown) - grown[0], "speed": len(order) / (time.perf_counter() - start)})
+    out.put({"opened": opened, "rank": rank, "first": grown[0], "most": max(grown[1:]), "last": grown[-1], "speed": len(order) / (time.perf_counter() - start)})
 
 
 def aside(f, *args):
@@ -122,7 +123,10 @@ def pictures(folder: Path, n: int = 60) -> list[tuple[str, float]]:
         for k in range(n):
             start = time.perf_counter(); f(folder / f"{k}.jpg"); times.append(time.perf_counter() - start)
         return 1 / float(np.median(times))
-    return [("decoded", rate(lambda p: Image.open(p).convert("RGB"))), ("ready, padded", rate(ImageTransform(processor, "pad"))), ("ready, square", rate(ImageTransform(processor, "square")))]
+    files = sorted(folder.glob("*.jpg"))
+    write_shards(((p.name, p.read_bytes()) for p in files), folder / "shards", each=20)
+    shards, pad = Shards(folder / "shards", folder / "cache"), ImageTransform(processor, "pad")
+    return [("decoded", rate(lambda p: Image.open(p).convert("RGB"))), ("ready, padded", rate(pad)), ("ready, padded, from tar shards", rate(lambda p: pad(shards.open(p.name)))), ("ready, square", rate(ImageTransform(processor, "square")))]
 
 
 def main() -> None:
@@ -142,10 +146,10 @@ def main() -> None:
         print(f"{args.records:,} records, {size / 1e9:.2f} GB of JSON (written in {time.perf_counter() - start:.0f} s), {len(psutil.Process().cpu_affinity())} cores, {cpu_name()}, Python {platform.python_version()}\n", flush=True)
         made = aside(convert, where / "data.json", where / "cache")
         print(f"converted once: {made['seconds']:.1f} s, {args.records / made['seconds']:,.0f} records/s ({args.records // BLOCK + 1} blocks), {made['bad']} bad, at most {made['peak']:,.0f} MB private in all processes\n", flush=True)
-        print(f"{'':26}{'opened in':>11}{'rank holds':>13}{'a worker grows':>17}{'records/s':>12}   ({min(args.items, args.records):,} records in random order, {args.workers} workers)")
+        print(f"{'':26}{'opened in':>11}{'rank holds':>13}{'a worker: first, most, last':>30}{'records/s':>12}   ({min(args.items, args.records):,} records in random order, {args.workers} workers)")
         for name, kind in [("mapped (this kit)", "mapped")] + [("a list of dictionaries", "list")] * (not args.skip_list):
             w = aside(weigh, kind, where / "data.json", where / "cache", args.items, args.workers)
-            print(f"{name:26}{w['opened']:>9.1f} s{w['rank']:>10,.0f} MB{w['growth']:>14,.0f} MB{w['speed']:>12,.0f}", flush=True)
+            print(f"{name:26}{w['opened']:>9.1f} s{w['rank']:>10,.0f} MB{w['first']:>15,.0f}, {w['most']:,.0f}, {w['last']:,.0f} MB{w['speed']:>12,.0f}", flush=True)
         print("\npictures a second, one worker, one thread, JPEG 640 x 480 to 336 x 336: " + ", ".join(f"{r:,.0f} {name}" for name, r in pictures(where)))
     finally:
         shutil.rmtree(where)

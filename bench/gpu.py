@@ -49,7 +49,7 @@ from llava_nb.masking import IGNORE_INDEX
 from llava_nb.meter import Meter, device_rates, shape_of, work_of
 from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
-from llava_nb.packing import collate_packed, collate_padded, deal, micro_steps_for
+from llava_nb.packing import Dealer, collate_packed, collate_padded, micro_steps_for
 from llava_nb.sampler import Plan, mix665k_sample
 from llava_nb.zero import bytes_per_rank
 
@@ -140,7 +140,7 @@ class Mixture:
         steps = sorted(range(len(self.plan.drawn.body)), key=lambda k: self.work(k).tokens)
         return [steps[int((j + .5) / n * len(steps))] for j in range(n)]
 
-    def work(self, k: int): return work_of(self.plan.global_batch(k), self.lengths, self.learned, self.has_image)
+    def work(self, k: int): return work_of(self.plan.global_batch(k), self.lengths, self.learned, np.where(self.has_image, np.arange(len(self.lengths)), -1))
 
     def record(self, i: int, weight: float) -> dict:
         ids = torch.randint(5, IMAGE_ID, (int(self.lengths[i]),), generator=torch.Generator().manual_seed(int(i)))
@@ -152,14 +152,14 @@ class Mixture:
 class Steps(Dataset):
     "Item k: the micro-batches of step k, laid out as a variant takes them."
     def __init__(self, mixture: Mixture, variant: str, costs: np.ndarray, max_tokens: int, attention: str):
-        self.mixture, self.costs, self.packed, self.attention = mixture, costs, variant == "ours", "sdpa" if variant == "stock" else attention
+        self.mixture, self.dealer, self.packed, self.attention = mixture, Dealer(costs), variant == "ours", "sdpa" if variant == "stock" else attention
         self.collate = partial(collate_packed if self.packed else collate_padded, image_shape=mixture.transform.shape)
         self.plan = mixture.plan if self.packed else padded_plan(mixture.plan, max_tokens)
-        self.micro_steps = micro_steps_for(self.plan, costs, max_tokens) if self.packed else self.plan.accumulation
+        self.micro_steps = micro_steps_for(self.plan, self.dealer, max_tokens) if self.packed else self.plan.accumulation
 
     def rows(self, k: int) -> list[np.ndarray]:
         batch = self.plan.global_batch(k)
-        return [batch[row] for row in deal(self.costs[batch], self.micro_steps) if len(row)] if self.packed else self.plan.micro_batches(k)
+        return [batch[row] for row in self.dealer(batch, self.micro_steps) if len(row)] if self.packed else self.plan.micro_batches(k)
 
     def positions(self, k: int) -> int:
         sizes = [self.mixture.lengths[row] for row in self.rows(k)]

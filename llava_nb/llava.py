@@ -8,7 +8,7 @@ __all__ = ['PROJECTORS', 'RECOMPUTE', 'PREFIX', 'PROJECTOR_FILE', 'llava_config'
            'set_recompute', 'freeze', 'parts', 'read_projector', 'full_shape', 'gathered', 'load_projector',
            'projector_state', 'load_language_model', 'load_tower', 'load_llava', 'meta_llava']
 
-# %% ../nbs/21_llava.ipynb #ddfc26e3
+# %% ../nbs/21_llava.ipynb #24e48131
 import contextlib
 from functools import partial
 from inspect import signature
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
-                          LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
+                          LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, logging)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -124,7 +124,7 @@ def valid_generation_config(
     config.validate(strict=True)
     return config
 
-# %% ../nbs/21_llava.ipynb #0acebc1f
+# %% ../nbs/21_llava.ipynb #32571b79
 def connect_rows(
     model: LlavaForConditionalGeneration,
 ) -> None:
@@ -144,7 +144,8 @@ def connect_rows(
     inner.multi_modal_projector.register_forward_hook(place)
 
 def _if_needed(tower: nn.Module, pixel_values: torch.Tensor, *args, **kwargs):
-    "The tower's forward, or zeros of the same width for every hidden state that may be asked for."
+    "The tower's forward; for features instead of pixels, these; for nothing, zeros of the same width; as every hidden state that may be asked for."
+    if tower.needed and pixel_values.dim() == 3: return BaseModelOutputWithPooling(hidden_states=(pixel_values,) * tower.states)      # features, from 35_features
     if tower.needed: return type(tower).forward(tower, pixel_values, *args, **kwargs)
     tower.needed = True
     zeros = pixel_values.new_zeros(1, 2, tower.config.hidden_size, dtype=tower.dtype)
@@ -294,13 +295,23 @@ def projector_state(
     with gathered(list(own.values())):
         return {n: p.detach().cpu().clone() for n, p in own.items()}
 
-# %% ../nbs/21_llava.ipynb #f9c9f8f3
+# %% ../nbs/21_llava.ipynb #7e96a9c9
 def load_language_model(
     path: str | Path, # folder or hub id
     dtype: str | torch.dtype = "auto", # "auto": as saved
 ) -> PreTrainedModel:
     "A causal language model by transformers' Auto class."
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return _whole(AutoModelForCausalLM, path, dtype=dtype)
+
+def _whole(kind: type, path: str | Path, **settings) -> PreTrainedModel:
+    "Load a model, or refuse one whose weights are not all there; transformers would make them up."
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()                   # its table of what it has not found
+    try: model, found = kind.from_pretrained(path, output_loading_info=True, **settings)
+    finally: logging.set_verbosity(level)
+    missing = sorted(found["missing_keys"])
+    if missing: raise ValueError(f"{path}: {len(missing)} weights of {type(model).__name__} are not in it, {missing[0]} the first; it holds another architecture, or its download is not complete")
+    return model
 
 def load_tower(
     path: str | Path, # folder or hub id of a tower, or of a model that holds one
@@ -309,7 +320,7 @@ def load_tower(
     config = load_vision_config(path)
     with torch.device("meta"):
         kind = type(AutoModel.from_config(config))
-    return kind.from_pretrained(path, config=config)
+    return _whole(kind, path, config=config, key_mapping={r"^vision_tower\.": ""})       # as a llava-hf folder names them
 
 def load_llava(
     path: str | Path, # llava-hf folder or hub id
@@ -317,7 +328,7 @@ def load_llava(
 ) -> LlavaForConditionalGeneration:
     "A llava-hf model, ready for our rows. Partitioned while it is read where ZeRO-3 is on."
     register_towers()
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    model = _whole(LlavaForConditionalGeneration, path, dtype=dtype)
     if not hasattr(model.config, "llava_nb"):      # a published checkpoint: `<image>` was the first row that was added
         model.config.llava_nb = {"text_vocab_size": model.config.image_token_id, "image_seq_len": model.config.image_seq_length}
     return prepare(model)

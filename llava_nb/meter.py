@@ -17,14 +17,14 @@ from transformers import LlavaForConditionalGeneration
 from .llava import full_shape
 from .packing import RowCost
 
-# %% ../nbs/23_meter.ipynb #09c4d187
+# %% ../nbs/23_meter.ipynb #2536bced
 @dataclass(frozen=True)
 class Work:
     "What some records hold."
     samples: int = 0      # records
     tokens: int = 0       # their tokens, image features included
     supervised: int = 0   # learned tokens
-    images: int = 0       # pictures
+    images: int = 0       # pictures, each once
     pairs: int = 0        # sum of squared lengths
 
     def __add__(self, other: "Work") -> "Work":
@@ -34,11 +34,11 @@ def work_of(
     records: np.ndarray, # int64 [n], indices
     lengths: np.ndarray, # int64 [N], tokens of every record
     supervised: np.ndarray, # int64 [N], learned tokens
-    has_image: np.ndarray, # bool [N]
+    pictures: np.ndarray, # int [N], which picture each shows, -1: none
 ) -> Work:
-    "The work in some records."
-    n = lengths[records]
-    return Work(len(records), int(n.sum()), int(supervised[records].sum()), int(has_image[records].sum()), int((n * n).sum()))
+    "The work in the records of one step, in which the tower sees each picture once."
+    n, shown = lengths[records], np.unique(pictures[records])
+    return Work(len(records), int(n.sum()), int(supervised[records].sum()), int((shown >= 0).sum()), int((n * n).sum()))
 
 # %% ../nbs/23_meter.ipynb #ffe1ae68
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'LONGEST', 'SCHEMA', 'BLOCK', 'SMALL', 'SHOWN', 'data_files', 'read_records', 'Problem', 'record_id',
-           'encode', 'learned', 'signed_words', 'Gate', 'check_picture', 'picture_problems', 'Records', 'cache_folder',
-           'convert', 'LlavaDataset', 'report', 'estimate_lengths']
+           'encode', 'learned', 'signed_words', 'Gate', 'check_picture', 'Folder', 'picture_problems', 'Records',
+           'cache_folder', 'convert', 'LlavaDataset', 'report', 'estimate_lengths']
 
 # %% ../nbs/13_records.ipynb #616b5f09
 import codecs
@@ -230,7 +230,7 @@ class Gate:
                 *map(str, (self.encoder.image_token_id, self.encoder.image_seq_len, self.encoder.max_length)), str(SCHEMA), str(BLOCK), *code]
         return hashlib.sha256("\0".join(said).encode("utf-8", "backslashreplace")).hexdigest()
 
-# %% ../nbs/13_records.ipynb #d99a2752
+# %% ../nbs/13_records.ipynb #fd11753c
 def check_picture(
     image: str, # path below the image folder
     folder: Path | None, # the image folder
@@ -252,6 +252,17 @@ def _plain_files(folder: Path, below: str) -> set[str]:
         with os.scandir(folder / below) as found: return {e.name for e in found if e.is_file(follow_symlinks=False)}
     except (OSError, ValueError, RuntimeError): return set()
 
+class Folder:
+    "Pictures that are files below a folder. What offers the same four calls can stand in its place ([18_shards](18_shards.ipynb))."
+    def __init__(self, root: str | Path): self.root = Path(root)
+    def __str__(self) -> str: return str(self.root)
+    def problems(self, images: Sequence[str]) -> dict[str, str]: return picture_problems(images, self.root)
+    def open(self, image: str) -> Path: return self.root / image      # what an ImageTransform takes
+    def read(self, image: str) -> bytes: return (self.root / image).read_bytes()
+    def stamp(self, image: str) -> str: # changes when the file does
+        found = (self.root / image).stat()
+        return f"{found.st_size} {found.st_mtime_ns}"
+
 def picture_problems(
     images: Sequence[str], # paths below the image folder
     folder: Path | None, # the image folder
@@ -267,7 +278,7 @@ def picture_problems(
         except ValueError as e: problems[image] = _printable(str(e))
     return problems
 
-# %% ../nbs/13_records.ipynb #76d50a7e
+# %% ../nbs/13_records.ipynb #6993833f
 BLOCK, SMALL = 2048, 1 << 23       # records of a block; bytes of data below which worker processes cost more than they save
 
 class Records(Sequence):
@@ -323,8 +334,9 @@ class Records(Sequence):
     def __getitem__(self, i: int) -> dict: return json.loads(self.table["record"][self.row(i)].as_py())
 
     def column(self, name: str) -> np.ndarray: # [N]
-        "A column of numbers; of \"image\", whether there is one."
-        column = self.table[name].is_valid() if name == "image" else self.table[name]
+        "A column of numbers; of \"image\", a number for each picture, -1 where there is none."
+        column = self.table[name]
+        if name == "image": column = pa.chunked_array([c.indices for c in column.dictionary_encode().chunks], pa.int32()).fill_null(-1)
         return column.to_numpy() if self.rows is None else column.to_numpy()[self.rows]
 
     def images(self) -> list[str | None]: # [N]
@@ -337,10 +349,10 @@ class Records(Sequence):
         row = self.row(i)
         return _problem({k: self.table[k][row].as_py() for k in ("file", "index", "id")} | {"problem": message}, self.files)
 
-    def with_pictures(self, image_folder: Path | None) -> "Records":
+    def with_pictures(self, source: Folder | None) -> "Records":
         "Those whose picture is there; the others join the problems."
         paths = [p.decode("utf-8", "surrogatepass") for p in self.table["image"].unique().to_pylist() if p is not None]
-        wrong = picture_problems(paths, image_folder)
+        wrong = source.problems(paths) if source else picture_problems(paths, None)
         if not wrong: return self
         bad = pa.compute.is_in(self.table["image"], pa.array([p.encode("utf-8", "surrogatepass") for p in wrong], pa.binary())).to_numpy()
         told = [self.place(i, wrong[self.table["image"][i].as_py().decode("utf-8", "surrogatepass")]) for i in np.flatnonzero(bad).tolist()]
@@ -435,7 +447,7 @@ def _join(written: list[Path], folder: Path, names: list[str]) -> tuple[int, int
             for batch in _good(table).to_batches(): good += len(batch); out.write_batch(batch)
     return good, bad
 
-# %% ../nbs/13_records.ipynb #b03fdd9c
+# %% ../nbs/13_records.ipynb #618890b1
 SHOWN = 20       # problems named in one message; the quarantine lists all
 
 class LlavaDataset(Dataset):
@@ -445,19 +457,21 @@ class LlavaDataset(Dataset):
         template: Template | Plain | ChatTemplate,
         encoder: Encoder,
         image_transform: ImageTransform | None = None, # needed if a record has a picture
-        image_folder: str | Path | None = None, # where `image` paths start
+        image_folder: str | Path | Folder | None = None, # where `image` paths start
         bad_records: str = "error", # "error": refuse to start; "skip": leave them out
         cache: str | Path | None = None, # where conversions of files lie; None: `cache_folder`
     ):
         if not isinstance(records, (list, str, Path)): raise ValueError(f"records are a list of objects or a path, not {type(records).__name__}")
         if bad_records not in ("error", "skip"): raise ValueError(f"bad_records {bad_records!r} is unknown; use 'error' or 'skip'")
         self.template, self.encoder, self.image_transform = template, encoder, image_transform
-        self.image_folder, gate = Path(image_folder) if image_folder is not None else None, Gate(template, encoder)
+        self.source, gate = Folder(image_folder) if isinstance(image_folder, str | Path) else image_folder, Gate(template, encoder)
+        self.features = None        # see 35_features
         found = Records.of(records, gate) if isinstance(records, list) else Records.from_files(records, gate, cache)
-        self.records = found.with_pictures(self.image_folder)
+        self.records = found.with_pictures(self.source)
         if self.quarantined and bad_records == "error": raise ValueError(report(self.quarantined, len(self.records) + len(self.quarantined)))
         if not len(self.records): raise ValueError("no record to train on")
-        self.lengths, self.supervised, self.word_lengths, self.has_image = map(self.records.column, ("length", "supervised", "words", "image"))      # [N] each
+        self.lengths, self.supervised, self.word_lengths, self.pictures = map(self.records.column, ("length", "supervised", "words", "image"))      # [N] each
+        self.has_image = self.pictures >= 0
         if self.has_image.any() and image_transform is None: raise ValueError(f"{self.has_image.sum():,} records have a picture, but no image_transform was given")
 
     @property
@@ -465,7 +479,7 @@ class LlavaDataset(Dataset):
 
     def __len__(self) -> int: return len(self.records)
 
-    def __getitem__(self, i: int) -> dict: # `input_ids` [L], `labels` [L], `pixel_values` [3, H, W] or None, `index`
+    def __getitem__(self, i: int) -> dict: # `input_ids` [L], `labels` [L], `pixel_values` [3, H, W] (or its features [F, h]) or None, `index`
         return self.__getitems__([i])[0]
 
     def __getitems__(self, indices: list[int]) -> list[dict]: # a picture that several show is one tensor
@@ -473,15 +487,16 @@ class LlavaDataset(Dataset):
         for i in indices:
             record = self.records[i]
             encoded, image = encode(record, self.template, self.encoder), record.get("image")
-            if image not in pictures: pictures[image] = self._pixels(i, record)
+            if image not in pictures: pictures[image] = self.pixels(i) if self.features is None else self.features[self.pictures[i]]
             samples.append({"index": i, "input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels), "pixel_values": pictures[image]})
         return samples
 
-    def _pixels(self, i: int, record: dict) -> torch.Tensor:
-        path = self.image_folder / record["image"]
-        try: return self.image_transform(path)
+    def pixels(self, i: int) -> torch.Tensor: # [3, H, W]
+        "The picture of record `i`."
+        image = self.records[i]["image"]
+        try: return self.image_transform(self.source.open(image))
         except Exception as e:      # Pillow's decoders raise a dozen kinds; the name of the file matters more
-            raise ValueError(str(self.records.place(i, f"{path}: cannot be decoded ({e}); replace the picture or leave the record out"))) from e
+            raise ValueError(str(self.records.place(i, f"{self.source}/{image}: cannot be decoded ({e}); replace the picture or leave the record out"))) from e
 
     def write_quarantine(self,
         path: str | Path, # JSONL

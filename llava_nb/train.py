@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'PUBLISHED', 'MEASURED', 'USAGE', 'Run', 'parse', 'check_training', 'training_fields', 'training_arguments',
-           'start_folder', 'assemble', 'Pieces', 'build', 'gate_of', 'reading', 'check_length', 'found_config',
-           'load_model', 'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'architecture',
-           'dry_model', 'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run', 'examine', 'help_text', 'main',
-           'program']
+           'start_folder', 'assemble', 'Pieces', 'build', 'places', 'precision', 'use_features', 'gate_of', 'reading',
+           'check_length', 'found_config', 'load_model', 'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare',
+           'execute', 'architecture', 'dry_model', 'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run',
+           'examine', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 if __name__ == "__main__" and "__file__" in globals():      # run as a file: the repository, not llava_nb/, comes first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# %% ../nbs/90_train.ipynb #3133235c
+# %% ../nbs/90_train.ipynb #0e82eaa1
 import argparse
 import dataclasses
 import importlib.resources
@@ -36,14 +36,17 @@ import llava_nb.checkpoint as checkpoint
 import llava_nb.config as config
 import llava_nb.conversation as conversation
 import llava_nb.doctor as doctor
+import llava_nb.features as cached
 import llava_nb.guard as guard
 import llava_nb.imageproc as imageproc
 import llava_nb.llava as llava
 import llava_nb.masking as masking
+import llava_nb.meter as meter
 import llava_nb.objective as objective
 import llava_nb.optim as optim
 import llava_nb.records as records
 import llava_nb.sampler as sampler
+import llava_nb.shards as shards
 import llava_nb.trainer as trainer
 import llava_nb.vision as vision
 import llava_nb.zero as zero
@@ -179,7 +182,7 @@ def _unpartitioned():
         finally: integration._hf_deepspeed_config_weak_ref = kept
     return off()
 
-# %% ../nbs/90_train.ipynb #19136faf
+# %% ../nbs/90_train.ipynb #415194f3
 @dataclasses.dataclass
 class Pieces:
     "What a Trainer is made of."
@@ -199,12 +202,45 @@ def build(
     gate, processor = gate_of(run), vision.image_processor_for(run.model.model or run.model.vision_tower)
     transform = imageproc.ImageTransform(processor, run.data.image_aspect_ratio, run.data.apply_exif)
     def dataset(path: str) -> records.LlavaDataset:
-        return records.LlavaDataset(path, gate.template, gate.encoder, transform, run.data.image_folder, run.data.bad_records, run.data.records_cache)
+        file, source = places(run, path)
+        return records.LlavaDataset(file, gate.template, gate.encoder, transform, source, run.data.bad_records, run.data.records_cache)
     train, held_out = [path and dataset(path) for path in (run.data.data_path, run.data.eval_data_path)]
     if run.run.resume and not run.run.allow_changes: checkpoint.check_same(run.run.resume, trainer.made_with(args, train))
-    return Pieces(load_model(run, args, start_folder(run, args.output_dir, args.seed)), gate.encoder.tokenizer, processor, train, held_out)
+    start = start_folder(run, args.output_dir, args.seed)
+    if run.data.feature_cache: use_features(run, args, start, [d for d in (train, held_out) if d and d.has_image.any()])
+    return Pieces(load_model(run, args, start), gate.encoder.tokenizer, processor, train, held_out)
 
-# %% ../nbs/90_train.ipynb #c0aaf0a0
+# %% ../nbs/90_train.ipynb #19a6f339
+def places(
+    run: Run,
+    path: str, # `data_path` or `eval_data_path`
+) -> tuple[str | Path, records.Folder | shards.Shards | None]: # the records' files; where their pictures come from
+    "What a data path and the image folder name: files, or shards."
+    folder, cache = run.data.image_folder, run.data.records_cache
+    inside = shards.Shards(path, cache) if shards.is_shards(path) else None
+    if inside and not inside.records: raise ValueError(f"data_path: {path}: these shards hold no record (a .json beside its picture); name the file of records, and the shards as image_folder")
+    source = inside if not folder else shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
+    return inside.records if inside else path, source
+
+def precision(
+    args: trainer.LlavaTrainingArguments,
+) -> tuple[torch.dtype, torch.dtype]: # of the weights, of autocast
+    "Without an engine that keeps master weights, weights stay float32."
+    return torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+
+def use_features(
+    run: Run,
+    args: trainer.LlavaTrainingArguments,
+    start: str, # llava-hf folder or hub id
+    datasets: list[records.LlavaDataset], # changed in place
+) -> None:
+    "Have data sets hand over features instead of pixels."
+    found, (weights, autocast) = transformers.AutoConfig.from_pretrained(start), precision(args)
+    if not isinstance(found.vision_feature_layer, int): raise ValueError(f"feature_cache keeps one hidden state of a picture, and {start} uses the layers {found.vision_feature_layer}; leave it out")
+    with _unpartitioned(): extractor = cached.Extractor(llava.load_tower(start).to(weights), found.vision_feature_layer, args.device, autocast)
+    for d in datasets: d.features = cached.cached_features(d, extractor, run.data.feature_cache, args.dataloader_num_workers)
+
+# %% ../nbs/90_train.ipynb #96282d9c
 def gate_of(
     run: Run,
 ) -> records.Gate:
@@ -247,11 +283,11 @@ def load_model(
     start: str, # llava-hf folder or hub id
 ) -> transformers.LlavaForConditionalGeneration:
     "The model with its projector, frozen by stage, knowing its template."
-    dtype = torch.bfloat16 if args.bf16 and args.deepspeed else torch.float32      # without an engine that keeps master weights, weights stay float32
+    dtype, autocast = precision(args)
     model = llava.load_llava(start, dtype)
     llava.freeze(model, args.stage)
     if run.model.projector not in (None, "random"): llava.load_projector(model, run.model.projector)
-    used = attention.use_attention(model, run.model.attention, args.device, torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32)
+    used = attention.use_attention(model, run.model.attention, args.device, autocast)
     if args.process_index == 0: print(f"attention: {used}" + (" (auto)" if run.model.attention == "auto" else ""), flush=True)
     model.config.llava_nb |= {"template": run.data.template, "image_aspect_ratio": run.data.image_aspect_ratio}
     return model
@@ -351,7 +387,7 @@ def _write_down(run: Run, args, pieces: Pieces) -> None:
         pieces.dataset.write_quarantine(out / "quarantine.jsonl")
         print(f"{len(pieces.dataset.quarantined):,} bad records left out, listed in {out / 'quarantine.jsonl'}", flush=True)
 
-# %% ../nbs/90_train.ipynb #e6711dff
+# %% ../nbs/90_train.ipynb #021b7bb0
 SHIPPED = {"lmsys/vicuna-7b-v1.5": "vicuna-7b-v1.5", "lmsys/vicuna-13b-v1.5": "vicuna-13b-v1.5", "openai/clip-vit-large-patch14-336": "clip-vit-large-patch14-336"}
 PUBLISHED = {1: (558_128, 617), 2: (665_298, 854)}       # records of LLaVA-1.5's two stages, and modelled tokens of one
 
@@ -398,17 +434,19 @@ def mean_length(
 def size_of_data(
     run: Run,
     features: int, # of an image
-) -> tuple[int, float, str, list[bool] | None]: # records, tokens of one, how we know, which have a picture
+) -> tuple[int, float, str, list[bool] | None, int]: # records, tokens of one, how we know, which have a picture, distinct pictures
     "How much there is to train on; of the records, a fair sample is held in memory."
-    if not (run.data.data_path and Path(run.data.data_path).exists()):
-        return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None
-    has_image, sample, rng = [], [], random.Random(0)
-    for n, record in enumerate(records.read_records(run.data.data_path)):
+    path = run.data.data_path
+    if not path or not ("://" in path or Path(path).exists()):
+        return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None, 0
+    has_image, pictures, sample, rng = [], set(), [], random.Random(0)
+    for n, record in enumerate(records.read_records(shards.Shards(path, run.data.records_cache).records if shards.is_shards(path) else path)):
         has_image.append("image" in record)
+        if has_image[-1]: pictures.add(hash(str(record["image"])))
         k = n if n < MEASURED else rng.randrange(n + 1)         # reservoir sampling
         if k < MEASURED: sample[k:k + 1] = [record]
     tokens, how = mean_length(run, sample, features)
-    return len(has_image), tokens, f"records counted, {how}", has_image
+    return len(has_image), tokens, f"records counted, {how}", has_image, len(pictures)
 
 def steps_of_epoch(
     args: argparse.Namespace, # see `training_fields`
@@ -419,7 +457,7 @@ def steps_of_epoch(
     mode = "modality" if has_image and (args.sampler or ("random" if args.stage == 1 else "modality")) == "modality" else "random"
     return sampler.Plan(mode, [1] * n, has_image, None, args.per_device_train_batch_size, zero.world_size(), args.gradient_accumulation_steps).steps
 
-# %% ../nbs/90_train.ipynb #8cebb4ec
+# %% ../nbs/90_train.ipynb #43bb2883
 def dry_run(
     run: Run,
 ) -> int: # exit code
@@ -433,12 +471,12 @@ def dry_run(
         print(f"  {part:15} {sum(p.numel() for p in ps) / 1e6:>10,.2f}M  {'trains' if any(p.requires_grad for p in ps) else 'frozen'}")
     for g in optim.parameter_groups(model, args.learning_rate, args.weight_decay, args.projector_lr):
         print(f"  group {g['name']:24} {sum(p.numel() for p in g['params']) / 1e6:>10,.2f}M  lr {g['lr']:g}  weight decay {g['weight_decay']:g}")
-    _print_schedule(run, args, model.config.image_seq_length)
+    _print_schedule(run, args, model)
     return 0
 
-def _print_schedule(run: Run, args: argparse.Namespace, features: int) -> None:
+def _print_schedule(run: Run, args: argparse.Namespace, model: transformers.LlavaForConditionalGeneration) -> None:
     world, micro, accumulation, lr = zero.world_size(), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.learning_rate
-    n, tokens, how, has_image = size_of_data(run, features)
+    n, tokens, how, has_image, pictures = size_of_data(run, model.config.image_seq_length)
     batch = world * micro * accumulation
     steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_of_epoch(args, n, has_image) * args.num_train_epochs)
     print(f"  data            {n:,} records, {tokens:,.0f} tokens each ({how})")
@@ -446,10 +484,17 @@ def _print_schedule(run: Run, args: argparse.Namespace, features: int) -> None:
     warm = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warm, num_training_steps=steps)
+    if pictures: print(_cache_line(model, n, tokens, sum(has_image), pictures, steps * batch / n, run.stage))
     at = sorted({0, warm, steps // 2, steps})
     print(f"  schedule        warm-up {warm} steps; " + ", ".join(f"step {s}: {lr * schedule.lr_lambdas[0](s):.2e}" for s in at))
 
-# %% ../nbs/90_train.ipynb #608d6ebb
+def _cache_line(model: transformers.LlavaForConditionalGeneration, n: int, tokens: float, shown: int, pictures: int, epochs: float, stage: int) -> str:
+    work = meter.Work(n, round(n * tokens), 0, shown, round(n * tokens ** 2))
+    row = (model.config.image_seq_length + (model.config.vision_feature_select_strategy == "default")) * model.config.vision_config.hidden_size * 2
+    found = cached.worth(meter.shape_of(model), work, pictures, row, epochs, stage)
+    return f"  feature_cache   would take {found.bytes / 1e9:,.1f} GB for {pictures:,} pictures in bf16 and save {found.first:.1%} of the operations of this run, {found.later:.1%} of each later one"
+
+# %% ../nbs/90_train.ipynb #1f2485ba
 USAGE = """usage: llava_nb [CONFIG.json] [--key value ...]
 
 Train one stage of LLaVA. CONFIG.json is a flat object of settings; flags of the same names win over it.
@@ -473,7 +518,8 @@ def examine(
     vision.register_towers()
     gate, folder, found, total = gate_of(run), Path(run.data.image_folder) if run.data.image_folder else None, [], 0
     for path in filter(None, (run.data.data_path, run.data.eval_data_path)):
-        one = records.Records.from_files(path, gate, run.data.records_cache).with_pictures(folder)
+        file, source = places(run, path)
+        one = records.Records.from_files(file, gate, run.data.records_cache).with_pictures(source)
         total += len(one) + len(one.problems)
         found += doctor.examine(one, folder)
     print(doctor.summary(found, total))

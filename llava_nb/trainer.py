@@ -6,7 +6,7 @@
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
            'MeteredTrainer', 'made_with', 'Sealer', 'LlavaTrainer']
 
-# %% ../nbs/33_trainer.ipynb #d72413a8
+# %% ../nbs/33_trainer.ipynb #f2e2485e
 import hashlib
 import json
 import math
@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from .llava import set_recompute
 from .meter import Meter, ModelShape, Work, device_rates, shape_of, work_of
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
-from .packing import PackedCollator, RowCost, deal, micro_steps_for
+from .packing import Dealer, PackedCollator, RowCost, micro_steps_for
 from .records import record_id
 from .sampler import Plan
 from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, world_size
@@ -63,7 +63,7 @@ class LlavaTrainingArguments(TrainingArguments):
         if self.deepspeed or world_size() > 1: init_distributed()
         super().__post_init__()
 
-# %% ../nbs/33_trainer.ipynb #09aed60b
+# %% ../nbs/33_trainer.ipynb #6aead1d9
 class PlanSampler(Sampler):
     "One rank's packed rows of (record, loss weight of its learned tokens), step by step of a plan."
     def __init__(self,
@@ -71,11 +71,12 @@ class PlanSampler(Sampler):
         supervised, # learned tokens of each record, int64 [N]
         objective: str = "reference", # see 22_objective
         rank: int = 0,
-        costs: np.ndarray | None = None, # of each record, see `RowCost`; None: its tokens
+        dealer: Dealer | None = None, # None: by tokens
         micro_steps: int | None = None, # rows of each rank in a step; None: the plan's accumulation
     ):
         self.plan, self.supervised, self.objective, self.rank = plan, supervised, objective, rank
-        self.costs, self.micro_steps = plan.lengths if costs is None else costs, micro_steps or plan.accumulation
+        self.dealer, self.micro_steps = dealer or Dealer(plan.lengths), micro_steps or plan.accumulation
+        self.pictures = self.dealer.pictures if self.dealer.pictures is not None else np.where(plan.has_image, np.arange(len(plan.lengths)), -1)
 
     def set_epoch(self, epoch: int) -> None:
         "Use the plan of another epoch."
@@ -87,7 +88,7 @@ class PlanSampler(Sampler):
         for k in range(first, last):
             if k // plan.steps != plan.epoch: plan = plan.for_epoch(k // plan.steps)
             records = plan.global_batch(k % plan.steps)
-            total += work_of(records, plan.lengths, self.supervised, plan.lengths > 0 if plan.has_image is None else plan.has_image)
+            total += work_of(records, plan.lengths, self.supervised, self.pictures)
         return total
 
     def __len__(self) -> int: # rows of this rank in an epoch
@@ -98,7 +99,7 @@ class PlanSampler(Sampler):
         chunks = self.plan.micro_batches(k)
         weights = np.concatenate(token_weights(self.objective, [self.supervised[c].tolist() for c in chunks]))
         records = np.concatenate(chunks)
-        rows = deal(self.costs[records], self.plan.world_size * self.micro_steps)[self.rank::self.plan.world_size]
+        rows = self.dealer(records, self.plan.world_size * self.micro_steps)[self.rank::self.plan.world_size]
         return [list(zip(records[row].tolist(), weights[row].tolist())) or [(int(records[0]), 0.0)] for row in rows]
 
     def __iter__(self) -> Iterator[list[tuple[int, float]]]:
@@ -114,7 +115,7 @@ class WeightedDataset(Dataset):
         samples = self.dataset.__getitems__([i for i, _ in row])
         return [s | {"weight": w} for s, (_, w) in zip(samples, row)]
 
-# %% ../nbs/33_trainer.ipynb #1e4c702e
+# %% ../nbs/33_trainer.ipynb #3505dbaf
 def plan_sampler(
     args: LlavaTrainingArguments, # with `max_tokens`, its accumulation is set to what that asks for
     data: Dataset, # a LlavaDataset
@@ -123,11 +124,11 @@ def plan_sampler(
     "The plan that the arguments describe, dealt to this rank."
     plan = Plan(args.sampler, data.lengths, has_image=data.has_image, word_lengths=data.word_lengths, batch_size=args.per_device_train_batch_size,
                 world_size=args.world_size, accumulation=args.gradient_accumulation_steps, seed=args.seed)
-    costs = cost.of(data.lengths, data.has_image)
+    dealer = Dealer(cost.of(data.lengths, data.has_image), data.pictures, cost.image)
     if args.max_tokens:
         epochs = args.max_steps / plan.steps if args.max_steps > 0 else args.num_train_epochs
-        set_micro_steps(args, micro_steps_for(plan, costs, args.max_tokens, math.ceil(epochs)))
-    return PlanSampler(plan, data.supervised, args.objective, args.process_index, costs, args.gradient_accumulation_steps)
+        set_micro_steps(args, micro_steps_for(plan, dealer, args.max_tokens, math.ceil(epochs)))
+    return PlanSampler(plan, data.supervised, args.objective, args.process_index, dealer, args.gradient_accumulation_steps)
 
 def set_micro_steps(
     args: LlavaTrainingArguments, # changed in place, before a Trainer has seen it
@@ -204,7 +205,7 @@ class Sealer(TrainerCallback):
         seal(folder)
         if self.keep and args.should_save: rotate(args.output_dir, self.keep)
 
-# %% ../nbs/33_trainer.ipynb #0c15dae4
+# %% ../nbs/33_trainer.ipynb #1752724e
 class LlavaTrainer(MeteredTrainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
@@ -216,8 +217,9 @@ class LlavaTrainer(MeteredTrainer):
         eval_dataset: Dataset | None = None, # a LlavaDataset
         callbacks: list | None = None,
     ):
-        shape = (3, *[model.config.vision_config.image_size] * 2)
-        sizes = shape_of(model)
+        features = getattr(train_dataset, "features", None)
+        shape = features.shape if features else (3, *[model.config.vision_config.image_size] * 2)
+        sizes = replace(shape_of(model), tower=0) if features else shape_of(model)      # nobody computes it then
         set_recompute(model, args.recompute)
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
         self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None

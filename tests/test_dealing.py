@@ -7,7 +7,7 @@ from llava_nb.llava import llava_config, meta_llava, tiny_llava
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.meter import shape_of
 from llava_nb.objective import token_weights
-from llava_nb.packing import RowCost, deal, micro_steps_for
+from llava_nb.packing import Dealer, RowCost, deal, micro_steps_for
 from llava_nb.sampler import Plan, mix665k_sample
 from llava_nb.train import architecture
 from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, plan_sampler
@@ -22,6 +22,25 @@ def test_every_record_is_dealt_once(n, rows):
     dealt = deal(costs, rows)
     assert len(dealt) == rows and sorted(np.concatenate(dealt).tolist()) == list(range(n))
     assert all((np.diff(row) > 0).all() for row in dealt)
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_records_of_one_picture_lie_in_one_row_unless_that_row_would_make_the_others_wait(rows):
+    rng = np.random.default_rng(rows)
+    costs, pictures = rng.integers(500, 1500, 64), np.where(rng.random(64) < .7, rng.integers(0, 30, 64), -1)
+    dealt = deal(costs, rows, pictures, image=100)
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(64))
+    assert sum(len(set(pictures[row]) - {-1}) for row in dealt) == len(set(pictures) - {-1})      # the tower's work of the step
+    load = [costs[row].sum() - 100 * (np.sum(pictures[row] >= 0) - len(set(pictures[row]) - {-1})) for row in dealt]
+    assert max(load) < 1.1 * np.mean(load)
+    alone = deal(costs, rows, np.zeros(64, int), image=100)
+    load = [costs[row].sum() - 100 * (len(row) - 1) for row in alone]
+    assert sorted(np.concatenate(alone).tolist()) == list(range(64)) and min(map(len, alone)) and max(load) < 1.5 * np.mean(load)
+
+
+def test_a_picture_that_every_record_shows_does_not_defeat_max_tokens():
+    plan = Plan("random", np.full(64, 100), batch_size=16, world_size=2)
+    assert micro_steps_for(plan, Dealer(np.full(64, 110.), np.zeros(64, int), image=10), 400) == 4
 
 
 @pytest.mark.parametrize("micro_steps", [1, 2])
@@ -39,7 +58,7 @@ def test_a_dealt_step_has_the_records_and_weights_of_the_reference(world, micro_
     "In the short steps at the end too, where a row without a record gets one of weight 0."
     supervised = SAMPLE["supervised"][:200]
     plan = Plan("modality", SAMPLE["tokens"][:200], SAMPLE["image"][:200], batch_size=4, world_size=world, accumulation=2)
-    samplers = [PlanSampler(plan, supervised, rank=r, costs=COST.of(plan.lengths), micro_steps=micro_steps) for r in range(world)]
+    samplers = [PlanSampler(plan, supervised, rank=r, dealer=Dealer(COST.of(plan.lengths)), micro_steps=micro_steps) for r in range(world)]
     for k in range(plan.steps):
         chunks = plan.micro_batches(k)
         expected = {int(i): w for c, ws in zip(chunks, token_weights("reference", [supervised[c].tolist() for c in chunks])) for i, w in zip(c, ws)}
@@ -53,15 +72,16 @@ def test_a_dealt_step_has_the_records_and_weights_of_the_reference(world, micro_
 def test_max_tokens_chooses_the_fewest_micro_steps_that_fit_every_step():
     plan, costs = Plan("modality", SAMPLE["tokens"], SAMPLE["image"], batch_size=16, world_size=2, seed=3), COST.of(SAMPLE["tokens"])
     longest = lambda n: max(int(plan.lengths[plan.global_batch(k)[row]].sum()) for k in range(plan.steps) for row in deal(costs[plan.global_batch(k)], 2 * n))
-    found = micro_steps_for(plan, costs, 6000)
+    found = micro_steps_for(plan, Dealer(costs), 6000)
     assert longest(found) <= 6000 < longest(found - 1)
     worst = int(plan.lengths.argmax())
-    with pytest.raises(ValueError, match=f"max_tokens 100: record {worst} alone has {plan.lengths[worst]} tokens"): micro_steps_for(plan, costs, 100)
+    with pytest.raises(ValueError, match=f"max_tokens 100: record {worst} alone has {plan.lengths[worst]} tokens"): micro_steps_for(plan, Dealer(costs), 100)
 
 
 def test_max_tokens_leaves_the_steps_alone(tmp_path):
     class Data(Dataset):
         lengths, has_image, word_lengths, supervised = (SAMPLE[k][:320] for k in ("tokens", "image", "words", "supervised"))
+        pictures = np.where(has_image, np.arange(320) // 2, -1)
     args = lambda **more: LlavaTrainingArguments(output_dir=tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=2, report_to="none", **more)
     as_counted, by_tokens = (plan_sampler(a, Data(), COST) for a in (args(), args(max_tokens=4096)))
     assert by_tokens.micro_steps > 2 == as_counted.micro_steps and by_tokens.plan.steps == as_counted.plan.steps

@@ -3,13 +3,13 @@ import itertools
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.checkpoint import save_llava, save_projector
 from llava_nb.cross_entropy import chunked_cross_entropy, text_logits, weighted_cross_entropy
-from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, parts, projector_state, tiny_llava, unused_layers
+from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, load_tower, parts, projector_state, tiny_llava, unused_layers
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
 from llava_nb.optim import parameter_groups
@@ -289,3 +289,15 @@ def test_layers_behind_the_used_one_are_not_computed_but_kept(model, tmp_path):
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs))
     kept, saved = unused[0].state_dict(), plain.state_dict()
     assert all(any(k.endswith(n) and torch.equal(v, w) for k, w in saved.items() if "vision_tower" in k) for n, v in kept.items())
+
+
+def test_weights_that_are_not_there_are_refused_and_not_made_up(tmp_path):
+    tokenizer = tiny_tokenizer()
+    save_llava(tiny_llava(tokenizer), tmp_path, tokenizer, CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}))
+    (file,) = tmp_path.glob("model*.safetensors")
+    kept = load_file(file)
+    for load, part in ((load_llava, "language_model.model.layers.1.mlp.up_proj.weight"), (load_tower, "vision_tower.vision_model.pre_layrnorm.bias")):
+        save_file({k: v for k, v in kept.items() if k != part}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"1 weights of \w+ are not in it, \S+ the first; it holds another"): load(tmp_path)
+    save_file(kept, file, metadata={"format": "pt"})
+    load_llava(tmp_path), load_tower(tmp_path)

@@ -20,7 +20,7 @@ from llava_nb.demo import tower_from_wheel
 from llava_nb.llava import load_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.meter import shape_of
-from llava_nb.packing import micro_steps_for
+from llava_nb.packing import Dealer, micro_steps_for
 from llava_nb.records import encode
 from llava_nb.sampler import Plan
 from llava_nb.trainer import PlanSampler
@@ -48,14 +48,14 @@ def plan(world):
     lengths = np.array([len(encode(r, get_template("v1"), encoder).input_ids) for r in records])
     has_image = np.array(["image" in r for r in records])
     costs = shape_of(load_llava(world / "start")).row_cost.of(lengths, has_image)
-    return Plan("random", lengths, has_image=has_image, batch_size=1, world_size=2, accumulation=2, seed=42), costs
+    return Plan("random", lengths, has_image=has_image, batch_size=1, world_size=2, accumulation=2, seed=42), Dealer(costs)
 
 
 def test_the_small_run_holds_every_case(plan):
     """Pictures on one rank only (both ways round), on both, on none, and whole steps without any."""
-    plan, costs = plan
+    plan, dealer = plan
     has_image = plan.has_image
-    ranks = [PlanSampler(plan, np.ones(RECORDS, int), rank=r, costs=costs) for r in (0, 1)]
+    ranks = [PlanSampler(plan, np.ones(RECORDS, int), rank=r, dealer=dealer) for r in (0, 1)]
     steps = [[[any(has_image[i] for i, _ in row) for row in sampler.step(k)] for sampler in ranks] for k in range(STEPS)]
     assert {pair for a, b in steps for pair in zip(a, b)} == {(True, False), (False, True), (False, False), (True, True)}
     assert any(not any(a + b) for a, b in steps[1:])
