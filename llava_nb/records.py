@@ -378,7 +378,7 @@ def _key(found: list[Path], gate: Gate) -> str:
         total.update(f"{file.resolve()} {one.hexdigest()}".encode("utf-8", "surrogateescape"))
     return f"{found[0].stem:.40}-{total.hexdigest()[:16]}"
 
-# %% ../nbs/13_records.ipynb #0f85a99c
+# %% ../nbs/13_records.ipynb #0a7b7df4
 def _blocks(found: list[Path]) -> Iterator[tuple[list[str], int, int]]:
     "Records of one file at a time, with the place of the first and the file's number."
     for number, file in enumerate(found):
@@ -441,10 +441,10 @@ def _join(written: list[Path], folder: Path, names: list[str]) -> tuple[int, int
     "All parts as one file, and the bad records apart; how many of each."
     good = bad = 0
     with pa.OSFile(str(folder / "records.arrow"), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out, (folder / "problems.jsonl").open("w") as listed:
-        for part in written:
-            table = pa.ipc.open_file(part).read_all()
+        for first in range(0, len(written), 32):        # larger blocks than those that were checked: each costs every reader some kilobytes
+            table = pa.concat_tables(pa.ipc.open_file(part).read_all() for part in written[first:first + 32])
             for row in _bad(table).to_pylist(): bad += 1; listed.write(json.dumps(asdict(_problem(row, names))) + "\n")
-            for batch in _good(table).to_batches(): good += len(batch); out.write_batch(batch)
+            for batch in _good(table).combine_chunks().to_batches(): good += len(batch); out.write_batch(batch)
     return good, bad
 
 # %% ../nbs/13_records.ipynb #618890b1
