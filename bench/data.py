@@ -102,7 +102,7 @@ def convert(path: Path, cache: Path, out) -> None:
     def watch():
         while not done.wait(.5):
             try: peak[0] = max(peak[0], sum(private(p) for p in (me, *me.children(recursive=True))))
-            except psutil.Error: pass
+            except (psutil.Error, OSError): pass        # a process has just ended
     threading.Thread(target=watch, daemon=True).start()
     start = time.perf_counter()
     found = Records.from_files(path, gate(), cache)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['header_problem', 'examine', 'kind', 'by_kind', 'summary', 'page', 'write']
 
-# %% ../nbs/34_doctor.ipynb #d5a49641
+# %% ../nbs/34_doctor.ipynb #5d745ba6
 import json
 import re
 from collections.abc import Sequence
@@ -17,29 +17,31 @@ from pathlib import Path
 from PIL import Image
 
 from .imageproc import check_size
-from .records import Problem, Records
+from .records import Folder, Problem, Records
 
-# %% ../nbs/34_doctor.ipynb #c9de89fd
+# %% ../nbs/34_doctor.ipynb #cf33484e
 def header_problem(
-    path: Path, # a picture file that is there
+    source: Folder, # or shards
+    image: str, # a picture that is there
 ) -> str: # "" for one that can be opened and is of a sane size
     "What a picture's header says against it."
+    name = Path(image).name
     try:
-        with Image.open(path) as image: check_size(*image.size)
-    except ValueError as e: return f"image: {path.name}: {e}"
-    except Exception as e: return f"image: {path.name} is no picture that Pillow knows ({type(e).__name__}); replace it or leave the record out"       # its openers raise a dozen kinds
+        with Image.open(source.open(image)) as opened: check_size(*opened.size)
+    except ValueError as e: return f"image: {name}: {e}"
+    except Exception as e: return f"image: {name} is no picture that Pillow knows ({type(e).__name__}); replace it or leave the record out"       # its openers raise a dozen kinds
     return ""
 
 def examine(
     records: Records, # see `Records.with_pictures`
-    image_folder: Path | None,
+    source: Folder | None, # or shards; where their pictures come from
     threads: int = 16, # reading headers; a disk answers many at once
 ) -> list[Problem]: # all there are, in order
     "The records' problems, and those of their pictures' headers."
     by_path: dict[str, list[int]] = {}
     for i, image in enumerate(records.images()):
         if image is not None: by_path.setdefault(image, []).append(i)
-    with ThreadPoolExecutor(threads) as pool: said = dict(zip(by_path, pool.map(lambda p: header_problem(image_folder / p), by_path)))
+    with ThreadPoolExecutor(threads) as pool: said = dict(zip(by_path, pool.map(lambda p: header_problem(source, p), by_path)))
     found = [records.place(i, said[path]) for path, places in by_path.items() if said[path] for i in places]
     return sorted([*records.problems, *found], key=lambda p: (p.file, p.index))
 

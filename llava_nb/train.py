@@ -457,7 +457,7 @@ def steps_of_epoch(
     mode = "modality" if has_image and (args.sampler or ("random" if args.stage == 1 else "modality")) == "modality" else "random"
     return sampler.Plan(mode, [1] * n, has_image, None, args.per_device_train_batch_size, zero.world_size(), args.gradient_accumulation_steps).steps
 
-# %% ../nbs/90_train.ipynb #43bb2883
+# %% ../nbs/90_train.ipynb #18907a93
 def dry_run(
     run: Run,
 ) -> int: # exit code
@@ -490,11 +490,12 @@ def _print_schedule(run: Run, args: argparse.Namespace, model: transformers.Llav
 
 def _cache_line(model: transformers.LlavaForConditionalGeneration, n: int, tokens: float, shown: int, pictures: int, epochs: float, stage: int) -> str:
     work = meter.Work(n, round(n * tokens), 0, shown, round(n * tokens ** 2))
-    row = (model.config.image_seq_length + (model.config.vision_feature_select_strategy == "default")) * model.config.vision_config.hidden_size * 2
+    features = model.config.image_seq_length + (model.config.vision_feature_select_strategy == "default")
+    row = cached.row_bytes((features, model.config.vision_config.hidden_size), torch.bfloat16)
     found = cached.worth(meter.shape_of(model), work, pictures, row, epochs, stage)
     return f"  feature_cache   would take {found.bytes / 1e9:,.1f} GB for {pictures:,} pictures in bf16 and save {found.first:.1%} of the operations of this run, {found.later:.1%} of each later one"
 
-# %% ../nbs/90_train.ipynb #1f2485ba
+# %% ../nbs/90_train.ipynb #a37b69ce
 USAGE = """usage: llava_nb [CONFIG.json] [--key value ...]
 
 Train one stage of LLaVA. CONFIG.json is a flat object of settings; flags of the same names win over it.
@@ -516,12 +517,12 @@ def examine(
 ) -> int: # exit code: 0 nothing found, 2 findings
     "The doctor: look at all records and pictures, train nothing."
     vision.register_towers()
-    gate, folder, found, total = gate_of(run), Path(run.data.image_folder) if run.data.image_folder else None, [], 0
+    gate, found, total = gate_of(run), [], 0
     for path in filter(None, (run.data.data_path, run.data.eval_data_path)):
         file, source = places(run, path)
         one = records.Records.from_files(file, gate, run.data.records_cache).with_pictures(source)
         total += len(one) + len(one.problems)
-        found += doctor.examine(one, folder)
+        found += doctor.examine(one, source)
     print(doctor.summary(found, total))
     out = Path(training_fields(run).output_dir or f"runs/stage{run.stage}")
     if found:

@@ -8,13 +8,15 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 import llava_nb.features as features
+import llava_nb.train as train
 from llava_nb.conversation import get_template
 from llava_nb.features import Extractor, cached_features
 from llava_nb.imageproc import ImageTransform
-from llava_nb.llava import load_tower, tiny_llava
+from llava_nb.llava import load_llava, load_tower, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.meter import Work
 from llava_nb.records import LlavaDataset
-from runs import config, farthest, launch, losses, make_world, run, weights
+from runs import config, farthest, launch, make_world, run, weights
 
 SHORT = {"max_steps": 4, "save_steps": 4, "sampler": "modality"}
 
@@ -37,11 +39,13 @@ def test_training_from_features_is_training_from_pixels(world, from_pixels, rank
     assert (folder / "features.bin").stat().st_size == pictures * 17 * 48 * 4
 
 
-def test_the_meter_does_not_count_a_tower_that_is_not_run(world, from_pixels):
-    file, settings = config(world, "metered", feature_cache=str(world / "cache"), **SHORT)
-    launch(file, 0)
-    read = lambda name: [h for h in json.loads((world / name / "checkpoint-4" / "trainer_state.json").read_text())["log_history"] if "loss" in h]      # noqa: E731
-    assert losses(world / "metered") == pytest.approx(from_pixels, abs=1e-6) and read("metered")[0]["mfu_measured"] > 0
+def test_neither_meter_nor_dealing_counts_a_tower_that_is_not_run(world):
+    ready = {}
+    for name, more in (("counted", {}), ("not-counted", {"feature_cache": str(world / "cache")})):
+        ready[name] = train.prepare(train.parse([str(config(world, name, use_cpu=True, **SHORT, **more)[0])]))
+    work = Work(samples=4, tokens=200, supervised=20, images=3, pairs=10_000)
+    assert ready["counted"].meter.shape.flops(work)["tower"] > 0 and ready["counted"].plan_sampler.dealer.image > 0
+    assert ready["not-counted"].meter.shape.flops(work)["tower"] == 0 and ready["not-counted"].plan_sampler.dealer.image == 0
 
 
 @pytest.fixture
@@ -80,7 +84,6 @@ def test_another_tower_layer_processor_or_padding_has_a_cache_of_its_own(dataset
 
 
 def test_a_tower_read_from_a_model_folder_is_the_models(world):
-    from llava_nb.llava import load_llava
     a, b = load_tower(world / "start").state_dict(), load_llava(world / "start").model.vision_tower.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 

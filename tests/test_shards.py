@@ -6,6 +6,7 @@ import tarfile
 
 import pytest
 
+import llava_nb.train as train
 from llava_nb.shards import Shards, is_shards, write_shards
 from runs import config, farthest, launch, make_world, weights
 
@@ -26,6 +27,21 @@ def test_training_from_shards_is_training_from_a_folder(tmp_path):
     assert launch(config(world, "shards", image_folder=str(world / "pictures"), **short)[0], 0) == expected
     assert launch(config(world, "inside", data_path=str(world / "samples"), image_folder=None, **short)[0], 0) == expected
     assert farthest(weights(world / "files"), weights(world / "shards")) == farthest(weights(world / "files"), weights(world / "inside")) == 0
+
+
+def test_the_doctor_reads_headers_in_shards(tmp_path, capsys):
+    world = make_world(tmp_path)
+    records = [r for r in json.loads((world / "records.json").read_text()) if "image" in r][:4]
+    (world / "few.json").write_text(json.dumps(records))
+    pictures = {r["image"]: (world / r["image"]).read_bytes() for r in records}
+    write_shards(pictures.items(), world / "good")
+    write_shards(((pictures | {records[2]["image"]: b"no picture"}).items()), world / "bad")
+    write_shards((m for r in records for m in ((r["image"], pictures[r["image"]]), (f"{r['id']}.json", json.dumps(r).encode()))), world / "both")
+    doctor = lambda name, **changes: train.main(["doctor", str(config(world, name, **{"data_path": str(world / "few.json")} | changes)[0])])      # noqa: E731
+    assert doctor("good-run", image_folder=str(world / "good")) == 0
+    assert doctor("bad-run", image_folder=str(world / "bad")) == 2
+    assert f"record 2 (id {records[2]['id']}): image: {records[2]['image']} is no picture" in capsys.readouterr().out
+    assert doctor("both-run", data_path=str(world / "both"), image_folder=None) == 0
 
 
 def test_an_index_is_made_once_and_again_when_a_shard_changes(tmp_path):
