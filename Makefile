@@ -31,8 +31,8 @@ test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with
 	$(NBTEST) --flags slow --cell-timeout 2400
 	$(PYTEST) tests --ignore tests/test_sync.py
 
-torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants
-	KILLS=50 FUZZ=200000 $(PYTEST) tests/test_reliability.py tests/test_fuzz.py -s
+torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants, one at every named point
+	KILLS=50 FAILPOINTS=all FUZZ=200000 $(PYTEST) tests/test_reliability.py tests/test_storage.py tests/test_fuzz.py -s
 
 bench: $(STAMP)  ## time what is timed, one script after another
 	@for script in bench/*.py; do if [ -e "$$script" ]; then $(ENV) $(BIN)/python "$$script" || exit 1; fi; done

@@ -6,8 +6,8 @@
 __all__ = ['SHIPPED', 'PUBLISHED', 'MEASURED', 'USAGE', 'Run', 'parse', 'check_training', 'training_fields', 'training_arguments',
            'start_folder', 'assemble', 'Pieces', 'build', 'places', 'precision', 'use_features', 'gate_of', 'reading',
            'check_length', 'found_config', 'load_model', 'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare',
-           'execute', 'architecture', 'dry_model', 'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run',
-           'examine', 'help_text', 'main', 'program']
+           'hold', 'execute', 'architecture', 'dry_model', 'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run',
+           'examine', 'verify', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import sys
@@ -17,6 +17,7 @@ if __name__ == "__main__" and "__file__" in globals():      # run as a file: the
 
 # %% ../nbs/90_train.ipynb #0e82eaa1
 import argparse
+import contextlib
 import dataclasses
 import importlib.resources
 import json
@@ -47,6 +48,7 @@ import llava_nb.optim as optim
 import llava_nb.records as records
 import llava_nb.sampler as sampler
 import llava_nb.shards as shards
+import llava_nb.storage as storage
 import llava_nb.trainer as trainer
 import llava_nb.vision as vision
 import llava_nb.zero as zero
@@ -165,22 +167,11 @@ def assemble(
     seed: int = 42,
 ) -> None:
     "Write a llava-hf folder from a language model and a vision tower."
-    with _unpartitioned():
+    with zero.unpartitioned():
         tokenizer = transformers.AutoTokenizer.from_pretrained(m.language_model)
         model = llava.build_llava(llava.load_language_model(m.language_model), llava.load_tower(m.vision_tower), tokenizer, m.projector_type,
                                   m.vision_feature_layer, m.vision_feature_select_strategy, seed)
         checkpoint.save_llava(model, folder, tokenizer, vision.image_processor_for(m.vision_tower))
-
-def _unpartitioned():
-    "Build whole, even if a ZeRO-3 configuration is alive: only rank 0 is here."
-    from transformers.integrations import deepspeed as integration
-    import contextlib
-    @contextlib.contextmanager
-    def off():
-        kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
-        try: yield
-        finally: integration._hf_deepspeed_config_weak_ref = kept
-    return off()
 
 # %% ../nbs/90_train.ipynb #415194f3
 @dataclasses.dataclass
@@ -237,7 +228,7 @@ def use_features(
     "Have data sets hand over features instead of pixels."
     found, (weights, autocast) = transformers.AutoConfig.from_pretrained(start), precision(args)
     if not isinstance(found.vision_feature_layer, int): raise ValueError(f"feature_cache keeps one hidden state of a picture, and {start} uses the layers {found.vision_feature_layer}; leave it out")
-    with _unpartitioned(): extractor = cached.Extractor(llava.load_tower(start).to(weights), found.vision_feature_layer, args.device, autocast)
+    with zero.unpartitioned(): extractor = cached.Extractor(llava.load_tower(start).to(weights), found.vision_feature_layer, args.device, autocast)
     for d in datasets: d.features = cached.cached_features(d, extractor, run.data.feature_cache, args.dataloader_num_workers)
 
 # %% ../nbs/90_train.ipynb #96282d9c
@@ -259,7 +250,7 @@ def reading(
         found = transformers.AutoConfig.from_pretrained(m.model)
         return tokenizer, found.image_token_id, found.image_seq_length
     try:
-        with _unpartitioned(): features = vision.feature_count(vision.load_vision_config(m.vision_tower), m.vision_feature_layer, m.vision_feature_select_strategy)
+        with zero.unpartitioned(): features = vision.feature_count(vision.load_vision_config(m.vision_tower), m.vision_feature_layer, m.vision_feature_select_strategy)
     except IndexError: raise ValueError(f"vision_feature_layer {m.vision_feature_layer}: {m.vision_tower} has no such hidden state") from None
     return tokenizer, llava.add_image_token(tokenizer), features
 
@@ -331,9 +322,11 @@ def summary(
 # %% ../nbs/90_train.ipynb #900f7f53
 def prepare(
     run: Run,
+    held: contextlib.ExitStack, # takes the hold on the output folder
 ) -> trainer.LlavaTrainer: # ready to train
-    "Everything up to the first step. What goes wrong here is the configuration's or the data's fault."
+    "Everything up to the first step. What goes wrong here is the configuration's, the data's or the disk's fault."
     args = training_arguments(run)
+    hold(args.output_dir, held)
     if args.process_index == 0:
         for note in run.notes: print(f"note: {note}", flush=True)
     if run.run.threads: torch.set_num_threads(run.run.threads)
@@ -344,7 +337,22 @@ def prepare(
     t = trainer.LlavaTrainer(pieces.model, args, pieces.dataset, pieces.tokenizer, pieces.image_processor, pieces.eval_dataset)
     for callback in (PrinterCallback, ProgressCallback): t.remove_callback(callback)
     t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)())
+    t.check_room()
     return t
+
+def hold(
+    output_dir: str | Path,
+    held: contextlib.ExitStack, # takes the hold
+) -> None:
+    "Make the output folder, try it, and hold it: the first rank for all."
+    told = None
+    try:
+        if zero.rank() == 0:
+            storage.make_folder(output_dir)
+            held.enter_context(storage.hold(output_dir))
+    except OSError as e: told = e
+    error = zero.from_all_ranks(told)[0]
+    if error: raise error
 
 # %% ../nbs/90_train.ipynb #68877592
 def execute(
@@ -355,13 +363,14 @@ def execute(
     start, lead = time.monotonic(), t.is_world_process_zero()
     try:
         with t.guard: result = t.train(resume_from_checkpoint=run.run.resume)
+        if t.guard.stopped and t.sealed < t.state.global_step: raise storage.StorageFailed("a signal asked for a checkpoint and it could not be saved")
+        if not t.guard.stopped: t.export()
     except guard.NotFinite: return _refused(t)
+    except storage.StorageFailed as e: return _unsaved(t, e)
     if t.guard.stopped:
         if lead: print(f"stopped after step {t.state.global_step} of {t.state.max_steps} by {t.guard.noted or 'a signal to another rank'}; the same command goes on from checkpoint-{t.state.global_step}", flush=True)
         return _end(guard.STOPPED)
-    t.save_model()
     if lead:
-        t.state.save_to_json(str(Path(t.args.output_dir) / "trainer_state.json"))
         print(summary(result, t, time.monotonic() - start) if t.begun else f"nothing was left to do: all {t.state.global_step} steps had been done before\nresult: {t.args.output_dir}", flush=True)
     return _end(0)
 
@@ -374,13 +383,18 @@ def _refused(t: trainer.LlavaTrainer) -> int:
               f"no weight was changed by this step, all rows are in {out / 'not_finite.json'}; look at them, or lower the learning rate, and go on with the same command", file=sys.stderr, flush=True)
     return _end(guard.NOT_FINITE)
 
+def _unsaved(t: trainer.LlavaTrainer, error: storage.StorageFailed) -> int:
+    if t.is_world_process_zero():
+        print(f"llava_nb: step {t.state.global_step} of {t.state.max_steps}: {error}; {f'the same command goes on from checkpoint-{t.sealed}' if t.sealed else 'there is no checkpoint'}, once there is room for it in {t.args.output_dir}", file=sys.stderr, flush=True)
+    return _end(storage.StorageFailed.exit_code)
+
 def _end(code: int) -> int: # all ranks together
     zero.wait()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     return code
 
 def _write_down(run: Run, args, pieces: Pieces) -> None:
-    out = Path(args.output_dir); out.mkdir(parents=True, exist_ok=True)
+    out = Path(args.output_dir)
     (out / "config_resolved.json").write_text(json.dumps({k: v for k, v in run.settings.items() if k != "resume"}, indent=2))
     print(f"{len(pieces.dataset):,} records, {int(pieces.dataset.lengths.sum()):,} tokens, {int(pieces.dataset.supervised.sum()):,} learned", flush=True)
     if pieces.dataset.quarantined:
@@ -505,9 +519,10 @@ LLaVA's own flags (pretrain.sh, finetune.sh) are understood as they are.
   deepspeed --num_gpus 2 llava_nb/train.py CONFIG.json
   llava_nb CONFIG.json --dry_run                     the plan of the run, no weights
   llava_nb doctor CONFIG.json                        every bad record and picture, by kind; exit code 2 if there are any
+  llava_nb verify RUN                                what of a run's folder is whole, can be resumed, or was changed
 
-Exit codes: 0 done, 2 the configuration or the data cannot be trained on, 5 a gradient is not finite (nothing was
-updated), 75 stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint (the same command goes on from it).
+Exit codes:
+CODES
 
 Settings (besides every field of transformers' TrainingArguments):
 """
@@ -530,12 +545,22 @@ def examine(
         print(f"all of them: {out / 'findings.html'} and {out / 'findings.jsonl'}")
     return 2 if found else 0
 
+def verify(
+    run_dir: str | Path, # output folder of a run, or a result
+) -> int: # exit code: 0 all is well, 4 something is not, or there is nothing
+    "Read a run's folder against its seals and say what can be done with it."
+    if not Path(run_dir).is_dir(): raise FileNotFoundError(f"{run_dir}: no such folder")
+    found = checkpoint.survey(run_dir)
+    for what, verdict, well in found: print(f"{'' if well else 'BAD  '}{what}: {verdict}")
+    if not found: print(f"{run_dir}: no checkpoint and no sealed result")
+    return 0 if found and all(well for *_, well in found) else checkpoint.NoCheckpoint.exit_code
+
 def help_text() -> str:
     "Usage and all settings of our own."
     own = set(f.name for f in dataclasses.fields(transformers.TrainingArguments))
     lines = [f"  --{f.name:32} {f.metadata['help']}" for c in config.CONFIGS for f in dataclasses.fields(c)]
     lines += [f"  --{f.name:32} {f.metadata['help']}" for f in dataclasses.fields(trainer.LlavaTrainingArguments) if f.name not in own]
-    return USAGE + "\n".join(lines)
+    return USAGE.replace("CODES", "\n".join(f"  {code:>2}  {means}" for code, means in guard.EXIT_CODES.items())) + "\n".join(lines)
 
 def main(
     argv: list[str] | None = None, # the command line; None: the program's own
@@ -544,16 +569,18 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     if not argv or set(argv) & {"--help", "-h"}:
         print(help_text()); return 0 if argv else 2
-    try:
-        run = parse(argv[1:] if argv[0] == "doctor" else argv)
-        if argv[0] == "doctor": return examine(run)
-        if run.run.dry_run: return dry_run(run)
-        ready = prepare(run)
-    except (ValueError, OSError) as e:
-        said = " ".join(str(e).split()) if isinstance(e, OSError) else str(e).strip()      # bad records are a list, everything else is one line
-        if zero.rank() == 0: print(f"llava_nb: {said}", file=sys.stderr, flush=True)
-        return 2
-    return execute(run, ready)
+    with contextlib.ExitStack() as held:
+        try:
+            if argv[0] == "verify": return verify(argv[1] if argv[1:] else "")
+            run = parse(argv[1:] if argv[0] == "doctor" else argv)
+            if argv[0] == "doctor": return examine(run)
+            if run.run.dry_run: return dry_run(run)
+            ready = prepare(run, held)
+        except (ValueError, OSError) as e:
+            said = " ".join(str(e).split()) if isinstance(e, OSError) else str(e).strip()      # bad records are a list, everything else is one line
+            if zero.rank() == 0: print(f"llava_nb: {said}", file=sys.stderr, flush=True)
+            return getattr(e, "exit_code", 2)
+        return execute(run, ready)
 
 # %% ../nbs/90_train.ipynb #6365fd7b
 def program() -> NoReturn:

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
-           'MeteredTrainer', 'made_with', 'Sealer', 'LlavaTrainer']
+           'MeteredTrainer', 'made_with', 'SealedTrainer', 'saves_left', 'checkpoint_bytes', 'LlavaTrainer']
 
 # %% ../nbs/33_trainer.ipynb #f2e2485e
 import hashlib
 import json
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -20,18 +21,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .checkpoint import MADE_WITH, load_weights, rotate, save_llava, save_projector, seal
+from .checkpoint import MADE_WITH, MANIFEST, checkpoints, load_weights, publish, read_back, rotate, save_llava, save_projector, seal
 from .guard import Guard
-from .llava import set_recompute
+from .llava import projector_state, set_recompute
 from .meter import Meter, ModelShape, Work, device_rates, shape_of, work_of
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
 from .packing import Dealer, PackedCollator, RowCost, micro_steps_for
 from .records import record_id
 from .sampler import Plan
-from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, world_size
+from .storage import StorageFailed, check_room, fail_point, note
+from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, unpartitioned, world_size
 
 # %% ../nbs/33_trainer.ipynb #ca08b111
 @dataclass
@@ -195,18 +197,86 @@ def made_with(
     return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "template": dataset.template.name, "model_max_length": dataset.encoder.max_length,
                     "image_aspect_ratio": getattr(dataset.image_transform, "aspect", None)}
 
-class Sealer(TrainerCallback):
-    "Seals every checkpoint ([32_checkpoint](32_checkpoint.ipynb)) and then removes old ones."
-    def __init__(self, keep: int | None, made_with: dict): self.keep, self.made_with = keep, made_with      # `keep` None: all
+class SealedTrainer(MeteredTrainer):
+    "A Trainer whose checkpoints count when they are sealed, and whose failed saves cost an alarm."
+    keep: int | None = None          # sealed checkpoints; None: all
+    recipe: dict = {}                # what it is made with
+    failed, patience = 0, 3          # saves in a row that failed; how many end the run
 
-    def on_save(self, args, state, control, **kwargs):
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save: (folder / MADE_WITH).write_text(json.dumps(self.made_with, indent=1))
+    @property
+    def sealed(self) -> int: # 0: none
+        "The step of the newest checkpoint that counts."
+        return max((int(p.name.split("-")[1]) for p in checkpoints(self.args.output_dir) if (p / MANIFEST).is_file()), default=0)
+
+    def _save_checkpoint(self, model, trial):
+        out = Path(self.args.output_dir); folder = out / f"checkpoint-{self.state.global_step}"
+        try: self._sealed_save(model, trial, folder)
+        except StorageFailed as e:
+            self.failed += 1
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+                print(f"ALARM: checkpoint-{self.state.global_step} could not be saved ({e}); training goes on, {self.failed} of {self.patience} failures in a row that end it", file=sys.stderr, flush=True)
+            if self.failed == self.patience: raise
+            return
+        self.failed = 0
+
+    def _sealed_save(self, model, trial, folder: Path) -> None:
+        with together(): fail_point("save.begin")
+        with together():
+            super()._save_checkpoint(model, trial)
+            fail_point("save.place")
+            if self.args.should_save: (folder / MADE_WITH).write_text(json.dumps(self.recipe, indent=1))
+            fail_point("save.made_with")
         seal(folder)
-        if self.keep and args.should_save: rotate(args.output_dir, self.keep)
+        with together():
+            if self.args.should_save:
+                note(folder.parent, sealed=folder.name)
+                fail_point("save.noted")
+                if self.keep: rotate(folder.parent, self.keep)
+
+    def check_room(self) -> None:
+        "Refuse a run whose checkpoints the disk has no room for. Every rank must call."
+        with together():
+            if self.args.should_save and saves_left(self.args, self.plan_sampler.plan.steps):
+                check_room(self.args.output_dir, checkpoint_bytes(self.model, self.args.bf16 and bool(self.args.deepspeed)), min(saves_left(self.args, self.plan_sampler.plan.steps), max(self.keep or 10**9, 2) + 1))
+
+    def export(self) -> None:
+        "Write the result; it is in its place when it was read back. Every rank must call."
+        made, lead = Path(self.args.output_dir) / "exporting", self.args.should_save
+        fail_point("export.begin")
+        with together():
+            if lead: shutil.rmtree(made, ignore_errors=True)
+        self.save_model(str(made))
+        with together():
+            fail_point("export.written")
+            if lead:
+                with unpartitioned(): read_back(made, self.args.stage)
+                fail_point("export.read")
+                publish(made, self.args.output_dir)
+                self.state.save_to_json(str(made.parent / "trainer_state.json"))
+
+def saves_left(
+    args: LlavaTrainingArguments,
+    steps: int, # of an epoch
+) -> int:
+    "How many checkpoints the whole run writes."
+    total, strategy = args.max_steps if args.max_steps > 0 else math.ceil(steps * args.num_train_epochs), str(getattr(args.save_strategy, "value", args.save_strategy))
+    if strategy == "epoch": return math.ceil(total / steps)
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * total)
+    return 0 if strategy == "no" else math.ceil(total / every)
+
+def checkpoint_bytes(
+    model: torch.nn.Module, # partitioned or not
+    masters: bool, # float32 copies beside weights of half the precision
+) -> int:
+    "What one checkpoint takes: weights, and two moments of every trained one."
+    size = lambda p: getattr(p, "ds_numel", p.numel())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = model.parameters() if any("language_model" in name for name, p in model.named_parameters() if p.requires_grad) else trained
+    return sum(size(p) * p.element_size() for p in weights) + sum(size(p) for p in trained) * (12 if masters else 8)
 
 # %% ../nbs/33_trainer.ipynb #1752724e
-class LlavaTrainer(MeteredTrainer):
+class LlavaTrainer(SealedTrainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
         model: LlavaForConditionalGeneration, # frozen by stage, `config.llava_nb` filled in
@@ -223,10 +293,10 @@ class LlavaTrainer(MeteredTrainer):
         set_recompute(model, args.recompute)
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
         self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None
-        self.guard, self.row_losses, recipe = Guard(), (0, []), made_with(args, train_dataset)
-        keep, args.save_total_limit = args.save_total_limit, None       # the Trainer would remove the last sound one before the next is sealed
+        self.guard, self.row_losses, self.recipe = Guard(), (0, []), made_with(args, train_dataset)
+        self.keep, args.save_total_limit = args.save_total_limit, None       # the Trainer would remove the last sound one before the next is sealed
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=PackedCollator(shape),
-                         processing_class=tokenizer, callbacks=[*(callbacks or []), self.guard, Sealer(keep, recipe)])
+                         processing_class=tokenizer, callbacks=[*(callbacks or []), self.guard])
         self.image_processor, self.settings = image_processor, model.config.llava_nb
         self.loss_is_scaled_for_ga = True       # `token_weights` covers accumulation
         self.start_meter(sizes)
@@ -280,16 +350,17 @@ class LlavaTrainer(MeteredTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         "Stage 1: the projector. Stage 2: the whole model, gathered where ZeRO-3 has partitioned it."
-        if self.args.stage == 1:
-            folder = output_dir or self.args.output_dir
-            save_projector(self.model, folder, write=self.args.should_save)
-            if self.args.should_save: self.processing_class.save_pretrained(folder)
-        else:
-            super().save_model(output_dir, _internal_call)
+        folder = output_dir or self.args.output_dir
+        if self.args.stage == 1: state = projector_state(self.model)
+        else: state = self.accelerator.get_state_dict(self.deepspeed) if self.is_deepspeed_enabled else None
+        with together():
+            if self.args.should_save: self._save(folder, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            save_llava(self.model, output_dir or self.args.output_dir, self.processing_class, self.image_processor, state_dict)
+        if self.args.stage == 2: return save_llava(self.model, output_dir, self.processing_class, self.image_processor, state_dict)
+        save_projector(self.model, output_dir, state_dict)
+        self.processing_class.save_pretrained(output_dir)
+        fail_point("save.processor")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled and self.args.stage == 1:
@@ -297,6 +368,11 @@ class LlavaTrainer(MeteredTrainer):
             if self.args.should_save: torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
         else:
             super()._save_optimizer_and_scheduler(output_dir)
+        fail_point("save.optimizer")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        fail_point("save.random_states")
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)

@@ -4,19 +4,23 @@
 
 # %% auto #0
 __all__ = ['bytes_per_rank', 'deepspeed_config', 'fetch_whole_layers', 'read_deepspeed_config', 'init_distributed', 'free_port',
-           'rank', 'world_size', 'wait', 'from_all_ranks', 'leave']
+           'rank', 'world_size', 'wait', 'from_all_ranks', 'together', 'unpartitioned', 'leave']
 
 # %% ../nbs/31_zero.ipynb #a97020ca
 import atexit
+import contextlib
 import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+
+from .storage import STORAGE_ERRORS, StorageFailed
 
 # %% ../nbs/31_zero.ipynb #da30e29a
 def bytes_per_rank(
@@ -117,6 +121,22 @@ def from_all_ranks(
     found = [None] * world_size()
     torch.distributed.all_gather_object(found, mine)
     return found
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    "What the disk refuses to one rank has failed for all. Every rank must come; no exchange between ranks inside."
+    mine = ""
+    try: yield
+    except STORAGE_ERRORS as e: mine = " ".join(str(e).split()) or type(e).__name__
+    told = {r: said for r, said in enumerate(from_all_ranks(mine)) if said}
+    if told: raise StorageFailed("; ".join(said if world_size() == 1 else f"rank {r}: {said}" for r, said in told.items()))
+@contextlib.contextmanager
+def unpartitioned() -> Iterator[None]:
+    "Build or load a model whole, even if a ZeRO-3 configuration is alive: for one rank alone."
+    from transformers.integrations import deepspeed as integration
+    kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    try: yield
+    finally: integration._hf_deepspeed_config_weak_ref = kept
 
 # %% ../nbs/31_zero.ipynb #c767fdbf
 def leave(

@@ -12,7 +12,8 @@ import psutil
 import pytest
 from runs import TIMEOUT, command, config, farthest, launch, losses, make_world, run, weights
 
-from llava_nb.checkpoint import MANIFEST, checkpoints, fault, resolve_resume, rotate, seal
+from llava_nb.checkpoint import MANIFEST, NoCheckpoint, checkpoints, fault, resolve_resume, rotate, seal
+from llava_nb.storage import note
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,22 @@ def test_the_newest_sound_checkpoint_is_taken_and_the_others_are_set_aside_by_na
 
 
 def test_a_run_never_starts_over_by_itself(tmp_path):
-    assert resolve_resume(None, tmp_path) is None and resolve_resume("False", tmp_path) is None
-    with pytest.raises(FileNotFoundError, match="nothing to resume, no checkpoint"): resolve_resume("True", tmp_path)
+    with pytest.raises(NoCheckpoint, match="nothing to resume, no checkpoint"): resolve_resume("True", tmp_path)
     checkpoint(tmp_path, 3, sealed=False)
-    with pytest.raises(FileNotFoundError, match="checkpoint-3: it has no readable MANIFEST.json.*move them away to start anew"): resolve_resume(None, tmp_path)
-    with pytest.raises(FileNotFoundError, match="holds checkpoint-3 of an earlier run"): resolve_resume("False", tmp_path)
+    with pytest.raises(NoCheckpoint, match="checkpoint-3: it has no readable MANIFEST.json.*move them away to start anew"): resolve_resume(None, tmp_path)
+    with pytest.raises(NoCheckpoint, match="holds checkpoint-3 of an earlier run"): resolve_resume("False", tmp_path)
     checkpoint(tmp_path, 2)
-    with pytest.raises(FileNotFoundError, match="cannot be resumed, .* sound ones in .*: checkpoint-2"): resolve_resume(str(tmp_path / "checkpoint-3"), tmp_path)
+    with pytest.raises(NoCheckpoint, match="cannot be resumed, .* sound ones in .*: checkpoint-2"): resolve_resume(str(tmp_path / "checkpoint-3"), tmp_path)
+
+
+def test_only_a_run_that_has_sealed_nothing_yet_begins_again(tmp_path, capsys):
+    assert resolve_resume(None, tmp_path) is None
+    checkpoint(tmp_path, 3, sealed=False)
+    assert json.loads((tmp_path / "run.json").read_text()) == {"sealed": None}
+    with pytest.raises(NoCheckpoint, match="nothing to resume, checkpoint-3"): resolve_resume("True", tmp_path)
+    assert resolve_resume(None, tmp_path) is None and "set aside as damaged-checkpoint-3" in capsys.readouterr().out
+    note(tmp_path, sealed="checkpoint-9")
+    with pytest.raises(NoCheckpoint, match="sealed checkpoint-9 here, which is gone"): resolve_resume(None, tmp_path)
 
 
 def test_rotation_keeps_two_sealed_ones_at_least(tmp_path):
@@ -173,6 +183,6 @@ def test_going_on_with_something_else_is_refused_with_the_difference(world, whol
     link = Path(settings["output_dir"]) / "checkpoint-7"
     if not link.exists(): link.symlink_to(world / "whole" / "checkpoint-7")
     file.write_text(json.dumps(settings | {"gradient_accumulation_steps": 4, "use_cpu": True} | changes))
-    assert train.main([str(file)]) == 2
+    assert train.main([str(file)]) == 4
     err = capsys.readouterr().err
     assert said in err and "--allow_changes True" in err and err.count("\n") == 1

@@ -1,0 +1,204 @@
+"""The disk fails, fills up or is shared; a run is killed at every named point of saving, sealing, rotating and exporting."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ROOT, TIMEOUT, command, config, farthest, launch, losses, make_world, run, weights
+
+from llava_nb import checkpoint, storage, train
+from llava_nb.checkpoint import MANIFEST, checkpoints, fault, seal
+from llava_nb.storage import FAIL_POINTS, StorageFailed
+
+SHORT = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 4, "save_total_limit": 2}      # saves at 2, 4 and 6, one rotation
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def whole(world):
+    """The run that nothing happens to."""
+    return launch(config(world, "whole", **SHORT)[0], 0), weights(world / "whole")
+
+
+def failing(file: Path, wish: str, ranks: int = 0) -> subprocess.CompletedProcess:
+    how = command(file, ranks)
+    return subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": wish}}, capture_output=True, timeout=TIMEOUT)
+
+
+def ends_as_if_nothing_had_been(file: Path, whole) -> None:
+    out = Path(json.loads(file.read_text())["output_dir"])
+    assert launch(file, 0) == whole[0] and farthest(weights(out), whole[1]) == 0
+    assert not fault(out) and not any(map(fault, checkpoints(out))) and not (out / "exporting").exists()
+
+
+# Fail points
+
+# The durable small files of a run, in order: the trial file, the note of its holder, that nothing is sealed yet, the first manifest, the note of it.
+TURNS = {"file.new": (2, 3, 4, 5), "file.replaced": (2, 3, 4, 5), "seal.file": (1, 9), "export.moved": (1, 3), "aside.begin": (1,), "aside.done": (1,), "rotate.begin": (1,), "rotate.unsealed": (1,), "rotate.removed": (1,)}
+ONCE = [name for name in FAIL_POINTS if name.startswith("export.")]
+POINTS = [f"{name}:{turn}" for name in FAIL_POINTS for turn in TURNS.get(name, (1,) if name in ONCE else (1, 2))]
+CHAIN = ["seal.file:3", "file.new:4", "seal.done:1", "rotate.unsealed:1", "export.moved:2"]      # one after another in one folder, every day
+
+
+def test_every_named_point_lies_in_the_code_and_every_point_in_the_code_is_named():
+    import re
+    used = [name for path in (ROOT / "llava_nb").glob("*.py") for name in re.findall(r'fail_point\("([\w.]+)"\)', path.read_text())]
+    assert set(used) == set(FAIL_POINTS) and len(FAIL_POINTS) >= 25
+
+
+def test_killed_at_one_point_after_another_a_run_ends_as_if_nothing_had_been(world, whole):
+    file, settings = config(world, "chain", **SHORT)
+    out, ever = Path(settings["output_dir"]), False
+    for wish in CHAIN:
+        done = failing(file, wish)
+        assert done.returncode == -signal.SIGKILL, (wish, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+        now = any(not fault(p) for p in checkpoints(out))
+        assert now >= ever, wish             # from the first seal on, one that counts at all times
+        ever = now
+    ends_as_if_nothing_had_been(file, whole)
+
+
+@pytest.mark.skipif(os.environ.get("FAILPOINTS") != "all", reason="`make torture` kills at all of them")
+@pytest.mark.parametrize("wish", POINTS)
+def test_killed_at_every_named_point_a_run_ends_as_if_nothing_had_been(world, whole, wish):
+    file, settings = config(world, wish.replace(":", "-"), **SHORT)
+    out = Path(settings["output_dir"])
+    if wish.startswith("aside"): assert failing(file, "seal.hashed:2").returncode == -signal.SIGKILL      # leaves one to be set aside
+    sealed = {p.name for p in checkpoints(out) if not fault(p)}
+    done = failing(file, wish)
+    assert done.returncode == -signal.SIGKILL, (wish, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    assert not sealed or any(not fault(p) for p in checkpoints(out))
+    ends_as_if_nothing_had_been(file, whole)
+
+
+# A save that fails
+
+
+def test_a_save_that_fails_removes_its_rubbish_raises_an_alarm_and_training_goes_on(world, whole):
+    file, settings = config(world, "once", **SHORT)
+    done = failing(file, "save.weights:1:ENOSPC:9")      # a rank that there is not: nothing happens
+    assert done.returncode == 0 and "ALARM" not in done.stderr
+    for where in ("save.weights", "save.random_states", "seal.file", "seal.hashed"):
+        file, settings = config(world, f"once-{where}", **SHORT)
+        out = Path(settings["output_dir"])
+        how = command(file, 0)
+        done = subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": f"{where}:1:ENOSPC", "LLAVA_NB_FAIL_ONCE": "1"}}, capture_output=True, timeout=TIMEOUT)
+        assert done.returncode == 0, (where, done.stdout[-2000:] + done.stderr[-2000:])
+        assert done.stderr.count("ALARM: checkpoint-2 could not be saved") == 1 and "No space left" in done.stderr and "1 of 3 failures" in done.stderr
+        assert [p.name for p in checkpoints(out)] == ["checkpoint-4", "checkpoint-6"]
+        assert losses(out) == whole[0] and farthest(weights(out), whole[1]) == 0
+
+
+def limited(file: Path, limit: int) -> subprocess.CompletedProcess:
+    """A run that may write no file longer than `limit`: what a quota or a full disk says, by the system itself."""
+    return subprocess.run(**command(file, 0), capture_output=True, timeout=TIMEOUT, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+
+
+def test_after_three_failures_in_a_row_a_run_ends_cleanly_and_goes_on_when_there_is_room(world, whole):
+    file, settings = config(world, "full", **SHORT | {"save_steps": 1})
+    out, quiet = Path(settings["output_dir"]), config(world, "quiet", **SHORT | {"save_steps": 1})[0]
+    done = limited(file, 300_000)
+    assert done.returncode == 7, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stderr.count("ALARM:") == 3 and "File too large" in done.stderr and "step 3 of 6" in done.stderr.splitlines()[-1] and "there is no checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr and not checkpoints(out) and not (out / "model.safetensors").exists()
+    assert launch(file, 0) == launch(quiet, 0)
+
+
+def test_a_result_that_cannot_be_written_is_no_success(world, whole):
+    file, settings = config(world, "unwritten", **SHORT)
+    done = failing(file, "export.written:1:EDQUOT")
+    assert done.returncode == 7 and "goes on from checkpoint-6" in done.stderr and "done:" not in done.stdout
+    assert not (Path(settings["output_dir"]) / "model.safetensors").exists()
+    ends_as_if_nothing_had_been(file, whole)
+
+
+def test_a_rank_that_cannot_write_stops_no_other(world):
+    """Two ranks under ZeRO-3: rank 1's part fails once, both go on and end."""
+    file, settings = config(world, "two", **SHORT | {"gradient_accumulation_steps": 2, "zero": 3})
+    how = command(file, 2)
+    done = subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": "save.random_states:1:EIO:1", "LLAVA_NB_FAIL_ONCE": "1"}}, capture_output=True, timeout=TIMEOUT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "rank 1: [Errno 5] Input/output error" in done.stderr and not fault(Path(settings["output_dir"]))
+    assert [p.name for p in checkpoints(Path(settings["output_dir"]))] == ["checkpoint-4", "checkpoint-6"]
+
+
+# Before the first step
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_anything_is_read(world, capsys):
+    for folder in ("/proc/run", str(world / "records.json" / "run")):
+        file, _ = config(world, "nowhere", output_dir=folder, use_cpu=True)
+        assert train.main([str(file)]) in (2, 7)
+        said = capsys.readouterr().err
+        assert folder in said and said.count("\n") == 1
+
+
+def test_a_run_that_would_fill_its_disk_is_refused(world, capsys, monkeypatch):
+    file, _ = config(world, "huge", use_cpu=True, save_steps=1)
+    real = storage.shutil.disk_usage
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: real(path)._replace(free=20_000_000))
+    assert train.main([str(file)]) == 7
+    said = capsys.readouterr().err
+    assert "20 checkpoints of" in said and "--save_total_limit 2" in said and len([line for line in said.splitlines() if line.startswith("llava_nb:")]) == 1
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"save_total_limit": 1, "max_steps": 2}))
+    assert train.main([str(file)]) == 0
+
+
+def test_a_second_run_in_one_folder_is_refused_and_told_who_holds_it(world, capsys):
+    file, settings = config(world, "shared", use_cpu=True)
+    out = Path(settings["output_dir"])
+    storage.make_folder(out)
+    with storage.hold(out):
+        done = run(file, 0)
+        assert done.returncode == 2 and f"process {os.getpid()} on " in done.stderr and "has been training in it since" in done.stderr and done.stderr.count("\n") == 1
+        done = run(file, 2)
+        assert done.returncode != 0 and done.stderr.count("has been training in it since") == 1
+    assert not checkpoints(out)
+
+
+# What is known of earlier progress
+
+
+def test_progress_that_is_gone_is_missed(tmp_path):
+    storage.make_folder(tmp_path)
+    storage.note(tmp_path, sealed="checkpoint-12")
+    with pytest.raises(checkpoint.NoCheckpoint, match="sealed checkpoint-12 here, which is gone; put it back, or remove run.json"): checkpoint.resolve_resume(None, tmp_path)
+
+
+def test_verify_says_what_is_whole_and_what_is_not(world, whole, capsys, tmp_path):
+    import shutil
+    copy = tmp_path / "run"
+    shutil.copytree(world / "whole", copy)
+    assert train.main(["verify", str(copy)]) == 0
+    assert capsys.readouterr().out.splitlines() == ["checkpoint-4: whole, can be resumed", "checkpoint-6: whole, can be resumed", "result: whole, as it was written"]
+    (copy / "config.json").write_text("{}")
+    (copy / "checkpoint-6" / MANIFEST).unlink()
+    assert train.main(["verify", str(copy)]) == 4
+    said = capsys.readouterr().out
+    assert "BAD  checkpoint-6: it has no readable MANIFEST.json" in said and "BAD  result: config.json has 2 bytes" in said
+    assert train.main(["verify", str(tmp_path / "no")]) == 2 and train.main(["verify", str(tmp_path)]) == 4
+
+
+# A power cut: what is not durable may be lost
+
+
+def test_files_are_durable_before_the_manifest_says_so_and_their_folders_too(tmp_path, monkeypatch):
+    """The order of what reaches the disk: every file, every folder that lists them, the manifest, its folder."""
+    folder = tmp_path / "checkpoint-1"
+    (folder / "parts").mkdir(parents=True)
+    for name in ("a", "parts/b"): (folder / name).write_bytes(b"x" * 100)
+    events, fsync, replace = [], os.fsync, os.replace
+    where = lambda fd: os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(where(fd)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"-> {os.path.relpath(b, tmp_path)}"), replace(a, b)))
+    seal(folder)
+    manifest = f"checkpoint-1/{MANIFEST}"
+    assert events[-3:] == [f"{manifest}.new", f"-> {manifest}", "checkpoint-1"]
+    assert set(events[:2]) == {"checkpoint-1/a", "checkpoint-1/parts/b"} and set(events[2:-3]) == {"checkpoint-1/parts", "checkpoint-1", "."}
