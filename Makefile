@@ -10,9 +10,9 @@ FILES := $(shell sed -n 's/^demo_files *= *//p' settings.ini)
 CUDA  := $(shell command -v nvidia-smi 2>/dev/null)
 ENV    = PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(if $(CUDA),,DS_ACCELERATOR=cpu)
 PYTEST = $(ENV) OMP_NUM_THREADS=2 $(BIN)/python -m pytest
-NBTEST = $(ENV) OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n-workers 2
+NBTEST = $(ENV) PYTHONPATH=$(CURDIR)/tests/no_network OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n-workers 2
 
-.PHONY: help demo test test-all torture bench export notebooks readme lab
+.PHONY: help demo test test-all torture audit bench export notebooks readme lab
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -31,8 +31,12 @@ test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with
 	$(NBTEST) --flags slow --cell-timeout 2400
 	$(PYTEST) tests --ignore tests/test_sync.py
 
-torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants, one at every named point
-	KILLS=50 FAILPOINTS=all FUZZ=200000 $(PYTEST) tests/test_reliability.py tests/test_storage.py tests/test_fuzz.py -s
+torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants, one at every named point, fuzzing, a long run
+	KILLS=50 SIGNALS=20 FAILPOINTS=all FUZZ=200000 FUZZ_PICTURES=20000 SOAK=10000 $(PYTEST) tests/test_catalogue.py tests/test_reliability.py tests/test_storage.py tests/test_fuzz.py tests/test_soak.py -s
+
+audit: $(STAMP)  ## known holes in what is installed (pip-audit), doubtful calls in our own code (bandit)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[audit]'
+	$(BIN)/python tools/audit.py
 
 bench: $(STAMP)  ## time what is timed, one script after another
 	@for script in bench/*.py; do if [ -e "$$script" ]; then $(ENV) $(BIN)/python "$$script" || exit 1; fi; done

@@ -19,6 +19,6 @@ setup(
                  "Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=[lib, f"{lib}.*"]), package_data={lib: ["data/**"]}, include_package_data=False, zip_safe=False,
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "demo")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "demo", "audit")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{lib}={lib}._modidx:d"]},
 )

@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import (AutoTokenizer, DynamicCache, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration,
                           PreTrainedTokenizerBase)
 
+import llava_nb.trust as trust
 from .checkpoint import unsayable
 from .conversation import IMAGE_TOKEN, get_template, normalise
 from .imageproc import ImageTransform
@@ -247,7 +248,7 @@ def load_for_chat(
     "All that `Chat` is made of."
     check_folder(path)
     model = load_llava(path, dtype).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return model, AutoTokenizer.from_pretrained(path), image_processor_for(path)
+    return model, trust.load(AutoTokenizer, path), image_processor_for(path)
 
 # %% ../nbs/40_chat.ipynb #af482e6e
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -291,7 +292,9 @@ def _converse(chat: Chat, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     "The command line; returns the exit code."
     args = _arguments(argv)
-    try: _converse(Chat.from_pretrained(args.run_dir, args.template, args.dtype, args.device), args)
+    try:
+        trust.check_versions()
+        _converse(Chat.from_pretrained(args.run_dir, args.template, args.dtype, args.device), args)
     except KeyboardInterrupt: print()
     except (ValueError, OSError, FloatingPointError) as e:
         print(f"llava_nb.chat: {e}", file=sys.stderr)

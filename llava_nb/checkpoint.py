@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'INNER_VISION', 'MANIFEST', 'UNSEALED', 'NOTHING', 'MADE_WITH', 'save_projector', 'llava_processor',
-           'published_state', 'save_llava', 'unsayable', 'seal', 'fault', 'NoCheckpoint', 'checkpoints',
-           'resolve_resume', 'rotate', 'survey', 'publish', 'read_back', 'check_same', 'load_weights', 'describe']
+           'published_state', 'save_llava', 'unsayable', 'seal', 'fault', 'checkpoints', 'resolve_resume', 'rotate',
+           'survey', 'publish', 'read_back', 'check_same', 'load_weights', 'describe']
 
 # %% ../nbs/32_checkpoint.ipynb #515d64e0
 import hashlib
@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase
 
+import llava_nb.trust as trust
 import llava_nb.zero as zero
 from .llava import PROJECTOR_FILE, load_projector, projector_state, valid_generation_config
-from .storage import StorageFailed, fail_point, known, note, settle_folder, write_durably
+from .state import STATE_FILE, keep_global_batch, part_file
+from .storage import NoCheckpoint, StorageFailed, fail_point, known, note, settle_folder, write_durably
 from .vision import exported_processor, image_size
 
 # %% ../nbs/32_checkpoint.ipynb #82b88585
@@ -151,10 +153,6 @@ def fault(
 # %% ../nbs/32_checkpoint.ipynb #77837e84
 UNSEALED = MANIFEST + ".removed"      # in a checkpoint that is being removed
 
-class NoCheckpoint(ValueError):
-    "No checkpoint can be gone on from, or only one of another run."
-    exit_code = 4
-
 def checkpoints(
     run_dir: str | Path, # output folder of a run
 ) -> list[Path]: # oldest first, whole or not
@@ -267,9 +265,9 @@ def read_back(
     try:
         if stage == 1: load_file(Path(folder) / PROJECTOR_FILE)
         else:
-            _, told = LlavaForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            _, told = trust.load(LlavaForConditionalGeneration, folder, weights=True, dtype="auto", output_loading_info=True)
             if told["missing_keys"] or told["mismatched_keys"]: raise OSError(f"it lacks {sorted(told['missing_keys'])[:3]}")
-            AutoTokenizer.from_pretrained(folder)
+            trust.load(AutoTokenizer, folder)
     except Exception as e: raise StorageFailed(f"{folder}: the result does not load again ({' '.join(str(e).split())})") from None
 
 # %% ../nbs/32_checkpoint.ipynb #98106004
@@ -284,18 +282,21 @@ def check_same(
     before = json.loads(path.read_text()) if path.is_file() else {}
     now = json.loads(json.dumps(now))
     changed = [f"{k}: {before[k]} then, {now.get(k)} now" for k in before if before[k] != now.get(k)]
+    if before.get("global_batch", batch := now.get("global_batch")) != batch: changed.append(keep_global_batch(before["global_batch"], int(now["per_device_train_batch_size"]), zero.world_size()))
     if changed: raise NoCheckpoint(f"{folder} was made with something else ({'; '.join(changed)}); set it back, name another output_dir to start anew, or say --allow_changes True to go on all the same")
 
 # %% ../nbs/32_checkpoint.ipynb #b0a94d37
 def load_weights(
-    model: LlavaForConditionalGeneration, # changed in place; not partitioned
+    model: LlavaForConditionalGeneration, # changed in place; partitioned or not
     checkpoint: str | Path, # a `checkpoint-N` folder of either stage
 ) -> None:
     "Put a checkpoint's weights into the model: the projector of stage 1, everything of stage 2."
     if (Path(checkpoint) / PROJECTOR_FILE).is_file():
         return load_projector(model, checkpoint)
-    saved = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict(), strict=True)
+    saved = trust.load(LlavaForConditionalGeneration, checkpoint, weights=True, dtype=model.dtype)
+    if not any(hasattr(p, "ds_tensor") for p in model.parameters()): model.load_state_dict(saved.state_dict(), strict=True); return
+    parts = dict(saved.named_parameters())
+    for name, p in model.named_parameters(): p.ds_tensor.data.copy_(parts[name].ds_tensor.data)
 
 # %% ../nbs/32_checkpoint.ipynb #f415e834
 def describe(
@@ -303,6 +304,6 @@ def describe(
 ) -> dict[str, str]: # part -> file that holds it, or "missing"
     "What a checkpoint holds."
     folder = Path(checkpoint)
-    patterns = {"weights": (PROJECTOR_FILE, "model*.safetensors"), "optimizer": ("optimizer.pt", "global_step*"), "schedule": ("scheduler.pt",),
-                "random states": ("rng_state*.pth",), "place": ("trainer_state.json",)}
+    patterns = {"weights": (PROJECTOR_FILE, "model*.safetensors"), "optimizer": (part_file(0),), "schedule": (STATE_FILE,),
+                "random states": (part_file(0),), "place": ("trainer_state.json",)}
     return {part: next((p.name for g in globs for p in sorted(folder.glob(g))), "missing") for part, globs in patterns.items()}

@@ -42,14 +42,19 @@ class DataConfig:
     model_max_length: int = _setting(2048, "Longest record in tokens, image features included; longer ones are cut.")
     apply_exif: bool = _setting(False, "Turn pictures as their EXIF tag says; the reference does not.")
     records_cache: str | None = _setting(None, "Folder of the checked and converted records; by default $LLAVA_NB_CACHE or ~/.cache/llava_nb.")
-    bad_records: str = _setting("error", "'error': refuse to start; 'skip': leave bad records out and write them to quarantine.jsonl.")
+    bad_records: str = _setting("error", "'error': refuse to start; 'skip': leave bad records out and write them to quarantine.jsonl; or the kinds to leave out, 'missing,empty' say, as the doctor names them.")
+    max_bad: str | None = _setting(None, "Most records that may be left out, a number or a share like '0.1%'; if there are more, the run ends with code 3.")
+    findings: str | None = _setting(None, "The findings.jsonl of `llava_nb doctor`: records whose pictures it could not read are bad records of this run.")
+    repair: bool = _setting(True, "Drop, and count, a first answer without a question (as the reference does) and a last question without an answer; False: such records are bad.")
+    reduced_jpeg: bool = _setting(False, "Decode large JPEGs at a half, a quarter or an eighth, not below the tower's size: faster, other pixels than the reference's.")
 
 @dataclass
 class RunConfig:
     "What to do."
     dry_run: bool = _setting(False, "Build everything but weights, print the plan of the run and stop.")
     resume: str | None = _setting(None, "Go on where the output folder has checkpoints (the default, and 'True', which insists); a path: from that one; 'False': refuse to.")
-    allow_changes: bool = _setting(False, "Go on from a checkpoint that was made with other settings, records or ranks.")
+    deep: bool = _setting(False, "With `doctor`: decode every picture whole, which finds cut files.")
+    allow_changes: bool = _setting(False, "Go on from a checkpoint that was made with other settings or records.")
     threads: int | None = _setting(None, "CPU threads of each rank; by default torch's choice.")
 
 CONFIGS = (ModelConfig, DataConfig, RunConfig)
@@ -206,7 +211,6 @@ def check(
     refuse(stage == 1 and projector_lr is not None, "stage 1 trains nothing but the projector: set `learning_rate`, not `projector_lr`")
     refuse(stage == 2 and data.template == "plain", "template 'plain' throws questions away and belongs to stage 1; use 'v1' or the language model's own ('chat_template')")
     refuse(data.image_aspect_ratio not in (None, "square", "pad"), f"image_aspect_ratio {data.image_aspect_ratio!r} is unknown; use 'square' or 'pad'")
-    refuse(data.bad_records not in ("error", "skip"), f"bad_records {data.bad_records!r} is unknown; use 'error' or 'skip'")
     if files: _check_files(model, data)
 
 def _check_files(model: ModelConfig, data: DataConfig) -> None:
@@ -221,7 +225,7 @@ def _check_files(model: ModelConfig, data: DataConfig) -> None:
     if paths["projector"]: _check_projector(Path(paths["projector"]).expanduser())
 
 def _check_projector(path: Path) -> None:
-    if path.is_file() and path.suffix != ".safetensors": raise ValueError(f"projector: {path} is not safetensors; a pickle could run code and is not read, save it as projector.safetensors")
+    if path.is_file() and path.suffix != ".safetensors": raise ValueError(f"projector: {path} is not safetensors; a pickle could run code and is not read, `llava_nb convert {path} FOLDER` makes safetensors of it")
     if path.is_dir() and not any(path.glob("*.safetensors")): raise FileNotFoundError(f"projector: {path} holds no projector.safetensors; give the output folder of stage 1")
 
 # %% ../nbs/00_config.ipynb #495792c6

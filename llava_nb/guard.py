@@ -43,9 +43,13 @@ NOT_FINITE, STOPPED = 5, 75
 EXIT_CODES = {
     0: "all steps are done and the result has been read back",
     2: "the configuration or the data cannot be trained on",
+    3: "more records are bad than max_bad allows",
     4: "no checkpoint can be gone on from, or only one that was made with something else",
     NOT_FINITE: "a gradient is NaN or infinite; nothing was updated",
+    6: "data do not come: a worker has ended, or a file system does not answer",
     7: "the disk does not take what has to be written",
+    8: "a rank does not go on, or is gone",
+    9: "out of memory",
     STOPPED: "stopped by a signal, with a checkpoint: the same command goes on",        # EX_TEMPFAIL of sysexits.h
 }
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig,
@@ -24,6 +23,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisio
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+import llava_nb.trust as trust
 from .attention import register_attention
 from .cross_entropy import LossHead
 from .vision import feature_count, load_vision_config, register_towers
@@ -245,10 +245,10 @@ def read_projector(
     if not files:
         raise FileNotFoundError(f"{path}: no {PROJECTOR_FILE} and no model*.safetensors; give the output folder of stage 1")
     if any(f.suffix != ".safetensors" for f in files):
-        raise ValueError(f"{path}: only safetensors are read, a pickle could run code; save the projector as {PROJECTOR_FILE}")
+        raise ValueError(f"{path}: only safetensors are read, a pickle could run code; `llava_nb convert {path} FOLDER` makes {PROJECTOR_FILE} of it")
     found = {}
     for file in files:
-        with safe_open(file, framework="pt") as f:
+        with trust.open_weights(file) as f:
             found |= {k.rsplit(PREFIX, 1)[-1]: f.get_tensor(k) for k in f.keys() if PREFIX in k or k.startswith("linear_")}
     if not found:
         raise ValueError(f"{path}: holds no projector (no `{PREFIX}*` tensor)")
@@ -307,7 +307,7 @@ def _whole(kind: type, path: str | Path, **settings) -> PreTrainedModel:
     "Load a model, or refuse one whose weights are not all there; transformers would make them up."
     level = logging.get_verbosity()
     logging.set_verbosity_error()                   # its table of what it has not found
-    try: model, found = kind.from_pretrained(path, output_loading_info=True, **settings)
+    try: model, found = trust.load(kind, path, weights=True, output_loading_info=True, **settings)
     finally: logging.set_verbosity(level)
     missing = sorted(found["missing_keys"])
     if missing: raise ValueError(f"{path}: {len(missing)} weights of {type(model).__name__} are not in it, {missing[0]} the first; it holds another architecture, or its download is not complete")

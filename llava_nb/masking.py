@@ -96,6 +96,12 @@ class Encoder:
         segments: Sequence[Segment], # from a template
     ) -> Encoded:
         "Encode chunk by chunk, put the pictures between, cut at `max_length`."
+        return self._cut(*self.uncut(segments))
+
+    def uncut(self,
+        segments: Sequence[Segment], # from a template
+    ) -> Encoded:
+        "The same, whatever its length."
         ids, spans = list(self.before_image if segments and segments[0].kind == "image" else self.bos), []
         labels = [IGNORE_INDEX] * len(ids)
         for kind, run in groupby(segments, key=lambda s: s.kind == "image"):
@@ -106,7 +112,7 @@ class Encoder:
             if not kind:
                 new_ids, new_labels = self._chunk(list(run))
                 ids += new_ids; labels += new_labels
-        return self._cut(ids, labels, spans)
+        return Encoded(ids, labels, spans)
 
     def _chunk(self, segments: list[Segment]) -> tuple[list[int], list[int]]:
         specials = {s.text: self._special_id(s.text) for s in segments if s.kind == "special"}

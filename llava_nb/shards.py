@@ -55,7 +55,7 @@ def is_shards(
     with os.scandir(path) as found:
         for entry in found:      # a picture folder is left at its first picture
             kinds.add(Path(entry.name).suffix)
-            if not entry.is_file() or not kinds <= {".tar", ".json", ".txt", ".idx"}: return False
+            if not kinds <= {".tar", ".json", ".txt", ".idx"} or not entry.is_file(): return False
     return ".tar" in kinds
 
 def _shards(root: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:

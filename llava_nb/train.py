@@ -10,10 +10,13 @@ __all__ = ['SHIPPED', 'PUBLISHED', 'MEASURED', 'USAGE', 'Run', 'parse', 'check_t
            'examine', 'verify', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
+import os
+import signal
 import sys
 from pathlib import Path
 if __name__ == "__main__" and "__file__" in globals():      # run as a file: the repository, not llava_nb/, comes first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))      # while the libraries load, as in `program`
 
 # %% ../nbs/90_train.ipynb #0e82eaa1
 import argparse
@@ -22,7 +25,6 @@ import dataclasses
 import importlib.resources
 import json
 import math
-import os
 import random
 import time
 from typing import NoReturn
@@ -35,11 +37,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import llava_nb.attention as attention
 import llava_nb.checkpoint as checkpoint
 import llava_nb.config as config
+import llava_nb.convert as convert
 import llava_nb.conversation as conversation
 import llava_nb.doctor as doctor
 import llava_nb.features as cached
 import llava_nb.guard as guard
 import llava_nb.imageproc as imageproc
+import llava_nb.launch as launch
 import llava_nb.llava as llava
 import llava_nb.masking as masking
 import llava_nb.meter as meter
@@ -50,7 +54,9 @@ import llava_nb.sampler as sampler
 import llava_nb.shards as shards
 import llava_nb.storage as storage
 import llava_nb.trainer as trainer
+import llava_nb.trust as trust
 import llava_nb.vision as vision
+import llava_nb.watch as watch
 import llava_nb.zero as zero
 
 # %% ../nbs/90_train.ipynb #9de8dff6
@@ -97,7 +103,9 @@ def check_training(
     refuse((evaluates != "no") != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` ('steps' or 'epoch': when) go together; one is missing")
     refuse(bool(args.output_dir) and Path(args.output_dir).is_file(), f"output_dir {args.output_dir} is a file; name a folder")
     refuse(args.zero is not None and bool(args.deepspeed), "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage")
+    refuse(args.hang_timeout < 0, f"hang_timeout {args.hang_timeout:g} must be at least 0 (wait for ever)")
     refuse(args.offload and not args.zero, "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded")
+    records.stopping([], run.data.bad_records); records.check_budget(0, 0, run.data.max_bad)
     if run.data.template not in (None, "chat_template"): conversation.get_template(run.data.template)
     if not args.deepspeed: return
     if not Path(args.deepspeed).is_file(): raise FileNotFoundError(f"deepspeed: {args.deepspeed} does not exist; --zero 2 and --zero 3 are the published scripts' settings")
@@ -168,7 +176,7 @@ def assemble(
 ) -> None:
     "Write a llava-hf folder from a language model and a vision tower."
     with zero.unpartitioned():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(m.language_model)
+        tokenizer = trust.load(transformers.AutoTokenizer, m.language_model)
         model = llava.build_llava(llava.load_language_model(m.language_model), llava.load_tower(m.vision_tower), tokenizer, m.projector_type,
                                   m.vision_feature_layer, m.vision_feature_select_strategy, seed)
         checkpoint.save_llava(model, folder, tokenizer, vision.image_processor_for(m.vision_tower))
@@ -191,10 +199,10 @@ def build(
     vision.register_towers()
     for name in filter(None, (run.model.model, run.model.language_model, run.model.vision_tower)): found_config(name)
     gate, processor = gate_of(run), vision.image_processor_for(run.model.model or run.model.vision_tower)
-    transform = imageproc.ImageTransform(processor, run.data.image_aspect_ratio, run.data.apply_exif)
+    transform = imageproc.ImageTransform(processor, run.data.image_aspect_ratio, run.data.apply_exif, run.data.reduced_jpeg)
     def dataset(path: str) -> records.LlavaDataset:
         file, source = places(run, path)
-        return records.LlavaDataset(file, gate.template, gate.encoder, transform, source, run.data.bad_records, run.data.records_cache)
+        return records.LlavaDataset(file, gate.template, gate.encoder, transform, source, run.data.bad_records, run.data.records_cache, run.data.repair, run.data.max_bad, run.data.findings)
     train, held_out = [path and dataset(path) for path in (run.data.data_path, run.data.eval_data_path)]
     if run.run.resume and not run.run.allow_changes: checkpoint.check_same(run.run.resume, trainer.made_with(args, train))
     start = start_folder(run, args.output_dir, args.seed)
@@ -226,7 +234,7 @@ def use_features(
     datasets: list[records.LlavaDataset], # changed in place
 ) -> None:
     "Have data sets hand over features instead of pixels."
-    found, (weights, autocast) = transformers.AutoConfig.from_pretrained(start), precision(args)
+    found, (weights, autocast) = trust.load(transformers.AutoConfig, start), precision(args)
     if not isinstance(found.vision_feature_layer, int): raise ValueError(f"feature_cache keeps one hidden state of a picture, and {start} uses the layers {found.vision_feature_layer}; leave it out")
     with zero.unpartitioned(): extractor = cached.Extractor(llava.load_tower(start).to(weights), found.vision_feature_layer, args.device, autocast)
     for d in datasets: d.features = cached.cached_features(d, extractor, run.data.feature_cache, args.dataloader_num_workers)
@@ -239,15 +247,18 @@ def gate_of(
     tokenizer, image_token_id, features = reading(run.model)
     template = conversation.get_template(run.data.template, tokenizer)
     check_length(run, features)
-    return records.Gate(template, masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length))
+    gate, found = records.Gate(template, masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length), run.data.repair), found_config(run.model.model or run.model.language_model)
+    text = getattr(found, "text_config", found)
+    doctor.self_test(gate, text.vocab_size, getattr(text, "max_position_embeddings", None))
+    return gate
 
 def reading(
     m: config.ModelConfig,
 ) -> tuple[transformers.PreTrainedTokenizerBase, int, int]: # the tokenizer, `<image>`'s id in it, features of an image
     "How the model will read, known without its weights."
-    tokenizer = transformers.AutoTokenizer.from_pretrained(m.model or m.language_model)
+    tokenizer = trust.load(transformers.AutoTokenizer, m.model or m.language_model)
     if m.model:
-        found = transformers.AutoConfig.from_pretrained(m.model)
+        found = trust.load(transformers.AutoConfig, m.model)
         return tokenizer, found.image_token_id, found.image_seq_length
     try:
         with zero.unpartitioned(): features = vision.feature_count(vision.load_vision_config(m.vision_tower), m.vision_feature_layer, m.vision_feature_select_strategy)
@@ -265,8 +276,7 @@ def found_config(
     name: str, # folder or hub id
 ) -> transformers.PreTrainedConfig:
     "A part's configuration, or an error that names the part."
-    try: return transformers.AutoConfig.from_pretrained(name)
-    except OSError: raise FileNotFoundError(f"{name}: its config.json is neither in a folder of this name nor in the hub's cache, and the hub did not answer; give a folder") from None
+    return trust.load(transformers.AutoConfig, name)
 
 def load_model(
     run: Run,
@@ -329,14 +339,21 @@ def prepare(
     hold(args.output_dir, held)
     if args.process_index == 0:
         for note in run.notes: print(f"note: {note}", flush=True)
+    ranks = zero.from_all_ranks(watch.machine(args.output_dir))
+    watch.same([r["versions"] for r in ranks], "install the same on every machine")
+    if args.process_index == 0: print(watch.machines(ranks), flush=True)
     if run.run.threads: torch.set_num_threads(run.run.threads)
     run.run.resume = checkpoint.resolve_resume(run.run.resume, args.output_dir)
-    if run.run.resume and args.process_index == 0: print(f"going on from {run.run.resume}", flush=True)
-    pieces = build(run, args)
+    if run.run.resume:
+        trust.check_folder(Path(run.run.resume), weights=args.stage == 2)
+        if args.process_index == 0: print(f"going on from {run.run.resume}", flush=True)
+    dog = watch.TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size, math.inf if run.data.feature_cache else 1)
+    with dog: pieces = build(run, args)
     if args.process_index == 0: _write_down(run, args, pieces)
-    t = trainer.LlavaTrainer(pieces.model, args, pieces.dataset, pieces.tokenizer, pieces.image_processor, pieces.eval_dataset)
+    t = trainer.LlavaTrainer(pieces.model, args, pieces.dataset, pieces.tokenizer, pieces.image_processor, pieces.eval_dataset, watch=dog)
     for callback in (PrinterCallback, ProgressCallback): t.remove_callback(callback)
-    t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)())
+    t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)()); t.add_callback(watch.LossAlarm())
+    watch.same(zero.from_all_ranks(watch.fingerprint(t)), "give every rank the same files and settings")
     t.check_room()
     return t
 
@@ -362,10 +379,14 @@ def execute(
     "Train, save, say so; or stop as the guard says."
     start, lead = time.monotonic(), t.is_world_process_zero()
     try:
-        with t.guard: result = t.train(resume_from_checkpoint=run.run.resume)
-        if t.guard.stopped and t.sealed < t.state.global_step: raise storage.StorageFailed("a signal asked for a checkpoint and it could not be saved")
-        if not t.guard.stopped: t.export()
+        with t.guard:
+            result = t.train(resume_from_checkpoint=run.run.resume)
+            if not t.guard.stopped: t.export()
+            elif t.sealed < t.state.global_step: raise storage.StorageFailed("a signal asked for a checkpoint and it could not be saved")
     except guard.NotFinite: return _refused(t)
+    except storage.NoCheckpoint as e:
+        if lead: print(f"llava_nb: {e}", file=sys.stderr, flush=True)
+        return _end(e.exit_code)
     except storage.StorageFailed as e: return _unsaved(t, e)
     if t.guard.stopped:
         if lead: print(f"stopped after step {t.state.global_step} of {t.state.max_steps} by {t.guard.noted or 'a signal to another rank'}; the same command goes on from checkpoint-{t.state.global_step}", flush=True)
@@ -400,6 +421,7 @@ def _write_down(run: Run, args, pieces: Pieces) -> None:
     if pieces.dataset.quarantined:
         pieces.dataset.write_quarantine(out / "quarantine.jsonl")
         print(f"{len(pieces.dataset.quarantined):,} bad records left out, listed in {out / 'quarantine.jsonl'}", flush=True)
+    for what, found in pieces.dataset.records.noted().items(): print(f"noted: {len(found):,} x {what}", flush=True)
 
 # %% ../nbs/90_train.ipynb #021b7bb0
 SHIPPED = {"lmsys/vicuna-7b-v1.5": "vicuna-7b-v1.5", "lmsys/vicuna-13b-v1.5": "vicuna-13b-v1.5", "openai/clip-vit-large-patch14-336": "clip-vit-large-patch14-336"}
@@ -436,7 +458,7 @@ def mean_length(
     features: int, # of an image
 ) -> tuple[float, str]: # tokens of one record, how we know
     "Tokens of a record: encoded where the tokenizer is at hand, else estimated from words."
-    try: tokenizer = transformers.AutoTokenizer.from_pretrained(run.model.model or run.model.language_model, local_files_only=True)
+    try: tokenizer = trust.load(transformers.AutoTokenizer, run.model.model or run.model.language_model, local_files_only=True)
     except (OSError, ValueError): return float(records.estimate_lengths(sample, image_seq_len=features).mean()), f"tokens estimated from words, of {len(sample):,} of them: there is no tokenizer"
     template, encoder = conversation.get_template(run.data.template, tokenizer), masking.Encoder(tokenizer, len(tokenizer), features, run.data.model_max_length)
     sizes = []
@@ -518,7 +540,9 @@ LLaVA's own flags (pretrain.sh, finetune.sh) are understood as they are.
   deepspeed llava_nb/train.py CONFIG.json            all GPUs of this machine
   deepspeed --num_gpus 2 llava_nb/train.py CONFIG.json
   llava_nb CONFIG.json --dry_run                     the plan of the run, no weights
-  llava_nb doctor CONFIG.json                        every bad record and picture, by kind; exit code 2 if there are any
+  llava_nb launch --restarts 3 CONFIG.json           the same, started again after exit codes 6, 8, 75 and 137
+  llava_nb convert SRC DST                           weights in a pickle (.bin, .pt, .pth) to safetensors
+  llava_nb doctor CONFIG.json [--deep]               every bad record and picture, by kind; exit code 2 if a run would stop
   llava_nb verify RUN                                what of a run's folder is whole, can be resumed, or was changed
 
 Exit codes:
@@ -529,21 +553,21 @@ Settings (besides every field of transformers' TrainingArguments):
 
 def examine(
     run: Run,
-) -> int: # exit code: 0 nothing found, 2 findings
+) -> int: # exit code: 0 a run would start, 2 it would stop, 3 more records than max_bad would be left out
     "The doctor: look at all records and pictures, train nothing."
     vision.register_towers()
-    gate, found, total = gate_of(run), [], 0
+    gate, found = gate_of(run), doctor.Findings()
     for path in filter(None, (run.data.data_path, run.data.eval_data_path)):
         file, source = places(run, path)
-        one = records.Records.from_files(file, gate, run.data.records_cache).with_pictures(source)
-        total += len(one) + len(one.problems)
-        found += doctor.examine(one, source)
-    print(doctor.summary(found, total))
+        found.add(records.Records.from_files(file, gate, run.data.records_cache).with_pictures(source), source, run.run.deep)
+    print(doctor.summary(found))
+    if not found.good: print(f"{run.data.data_path}: no record to train on")
     out = Path(training_fields(run).output_dir or f"runs/stage{run.stage}")
-    if found:
-        doctor.write(found, total, out)
-        print(f"all of them: {out / 'findings.html'} and {out / 'findings.jsonl'}")
-    return 2 if found else 0
+    doctor.write(found, gate, out)
+    print(f"all of them, with pictures: {out / 'findings.html'} and {out / 'findings.jsonl'}")
+    stop = records.stopping(found.problems, run.data.bad_records)
+    if found.problems and not stop: records.check_budget(len(found.problems), found.total, run.data.max_bad)
+    return 2 if stop or not found.good else 0
 
 def verify(
     run_dir: str | Path, # output folder of a run, or a result
@@ -553,7 +577,7 @@ def verify(
     found = checkpoint.survey(run_dir)
     for what, verdict, well in found: print(f"{'' if well else 'BAD  '}{what}: {verdict}")
     if not found: print(f"{run_dir}: no checkpoint and no sealed result")
-    return 0 if found and all(well for *_, well in found) else checkpoint.NoCheckpoint.exit_code
+    return 0 if found and all(well for *_, well in found) else storage.NoCheckpoint.exit_code
 
 def help_text() -> str:
     "Usage and all settings of our own."
@@ -567,10 +591,13 @@ def main(
 ) -> int: # exit code, see `USAGE`
     "Parse, check, train."
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["convert"]: return convert.main(argv[1:])
+    if argv[:1] == ["launch"]: return launch.launch(argv[1:])
     if not argv or set(argv) & {"--help", "-h"}:
         print(help_text()); return 0 if argv else 2
     with contextlib.ExitStack() as held:
         try:
+            trust.check_versions()
             if argv[0] == "verify": return verify(argv[1] if argv[1:] else "")
             run = parse(argv[1:] if argv[0] == "doctor" else argv)
             if argv[0] == "doctor": return examine(run)
@@ -580,11 +607,16 @@ def main(
             said = " ".join(str(e).split()) if isinstance(e, OSError) else str(e).strip()      # bad records are a list, everything else is one line
             if zero.rank() == 0: print(f"llava_nb: {said}", file=sys.stderr, flush=True)
             return getattr(e, "exit_code", 2)
-        return execute(run, ready)
+        return watch.over(ready.watch, execute, run, ready)
 
 # %% ../nbs/90_train.ipynb #6365fd7b
 def program() -> NoReturn:
-    "The command `llava_nb`: `main`, then out."
-    zero.leave(main())
+    "The command `llava_nb`: `main`, then out. A signal before the first step ends it at once: nothing is lost."
+    for s in guard.Guard.signals: signal.signal(s, _not_begun)
+    zero.leave(watch.note(main(), zero.rank()))
+
+def _not_begun(number: int, frame) -> NoReturn:
+    os.write(2, f"llava_nb: {signal.Signals(number).name} outside of training; the same command does it again\n".encode())      # print might be what was interrupted
+    watch.end(guard.STOPPED, zero.rank())
 
 if __name__ == "__main__" and "__file__" in globals(): program()

@@ -32,7 +32,9 @@ from .optim import parameter_groups
 from .packing import Dealer, PackedCollator, RowCost, micro_steps_for
 from .records import record_id
 from .sampler import Plan
+from .state import Training, check_optimizer, load_random, load_state, pieces, save_state
 from .storage import StorageFailed, check_room, fail_point, note
+from .watch import TrainingWatchdog
 from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, unpartitioned, world_size
 
 # %% ../nbs/33_trainer.ipynb #ca08b111
@@ -53,6 +55,8 @@ class LlavaTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False: the dataset's columns are ours."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must be False: a NaN loss is shown, not replaced."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
+    hang_timeout: float = field(default=120, metadata={"help": "Seconds without a sign of life after which a rank ends the run; 0: wait for ever."})
+    preflight: bool | None = field(default=None, metadata={"help": "Try the plan's longest row, forward and backward, before the first step. None: on a GPU."})
 
     def __post_init__(self):
         names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(self, n)]      # transformers' new name for it, and its old
@@ -62,7 +66,7 @@ class LlavaTrainingArguments(TrainingArguments):
         if isinstance(self.deepspeed, str): self.deepspeed = read_deepspeed_config(self.deepspeed, self.max_grad_norm)
         elif self.zero is not None: self.deepspeed = deepspeed_config(self.zero, self.max_grad_norm, self.offload)
         if not torch.cuda.is_available(): self.use_cpu = True
-        if self.deepspeed or world_size() > 1: init_distributed()
+        if self.deepspeed or world_size() > 1: init_distributed(max(1800, 15 * self.hang_timeout) if self.hang_timeout else 86_400)
         super().__post_init__()
 
 # %% ../nbs/33_trainer.ipynb #6aead1d9
@@ -189,12 +193,13 @@ def made_with(
     dataset: Dataset | None, # a LlavaDataset
 ) -> dict:
     "What must not change between a checkpoint and the run that goes on from it."
-    names = ("stage", "sampler", "objective", "zero", "learning_rate", "projector_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_type", "warmup_steps",
+    names = ("stage", "sampler", "objective", "learning_rate", "projector_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_type", "warmup_steps",
              "max_grad_norm", "max_steps", "num_train_epochs", "seed", "bf16", "fp16", "per_device_train_batch_size", "max_tokens")
-    found = {name: str(getattr(args, name)) for name in names} | {"ranks": args.world_size, "global_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size}
+    found = {name: str(getattr(args, name)) for name in names} | {"weights": "16 bits, master copies" if args.deepspeed and (args.bf16 or args.fp16) else "float32", "global_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size}
+    if args.sampler == "compat": found["ranks"] = "one" if args.world_size == 1 else "several"      # the reference draws another order on one
     if dataset is None: return found
     hashed = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (dataset.lengths, dataset.supervised, dataset.has_image)))
-    return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "template": dataset.template.name, "model_max_length": dataset.encoder.max_length,
+    return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "text": dataset.records.digest(), "template": dataset.template.name, "model_max_length": dataset.encoder.max_length,
                     "image_aspect_ratio": getattr(dataset.image_transform, "aspect", None)}
 
 class SealedTrainer(MeteredTrainer):
@@ -286,26 +291,33 @@ class LlavaTrainer(SealedTrainer):
         image_processor, # the tower's Pillow processor
         eval_dataset: Dataset | None = None, # a LlavaDataset
         callbacks: list | None = None,
+        watch: TrainingWatchdog | None = None, # None: one of its own
     ):
         features = getattr(train_dataset, "features", None)
         shape = features.shape if features else (3, *[model.config.vision_config.image_size] * 2)
         sizes = replace(shape_of(model), tower=0) if features else shape_of(model)      # nobody computes it then
         set_recompute(model, args.recompute)
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
+        self.recipe = made_with(args, train_dataset)
         self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None
-        self.guard, self.row_losses, self.recipe = Guard(), (0, []), made_with(args, train_dataset)
+        self.watch = watch or TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size)
+        self.guard, self.row_losses = Guard(), (0, [])
         self.keep, args.save_total_limit = args.save_total_limit, None       # the Trainer would remove the last sound one before the next is sealed
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=PackedCollator(shape),
-                         processing_class=tokenizer, callbacks=[*(callbacks or []), self.guard])
+                         processing_class=tokenizer, callbacks=[*(callbacks or []), self.guard, self.watch])
         self.image_processor, self.settings = image_processor, model.config.llava_nb
+        check_optimizer(self.get_optimizer_cls_and_kwargs(args, model)[0], args.optim.value)
         self.loss_is_scaled_for_ga = True       # `token_weights` covers accumulation
         self.start_meter(sizes)
+        self.watch.trainer = self
 
     def get_train_dataloader(self) -> DataLoader:
         "This rank's share of the plan; nothing is left for accelerate to shard."
         args = self.args
         return DataLoader(WeightedDataset(self.train_dataset), batch_sampler=self.plan_sampler, collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
                           pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(), persistent_workers=args.dataloader_num_workers > 0)
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs): return super().get_batch_samples(self.watch.watched(epoch_iterator, self), *args, **kwargs)
 
     def _run_epoch(self, *, epoch: int, **kwargs):
         self.plan_sampler.set_epoch(epoch)      # transformers does not tell a custom sampler, least of all on a resume
@@ -362,26 +374,25 @@ class LlavaTrainer(SealedTrainer):
         self.processing_class.save_pretrained(output_dir)
         fail_point("save.processor")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_deepspeed_enabled and self.args.stage == 1:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-            if self.args.should_save: torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-        fail_point("save.optimizer")
+    @property
+    def training(self) -> Training: # once it is prepared
+        "What is saved beside the weights."
+        return Training(self.model, self.optimizer, self.lr_scheduler, self.model_wrapped if self.is_deepspeed_enabled else None, getattr(self.accelerator, "scaler", None))
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        fail_point("save.random_states")
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_state(output_dir, self.training, self.state.global_step, self.args.process_index, from_all_ranks, together)
+
+    def _save_scaler(self, output_dir: str) -> None: pass       # these two are in it
+    def _save_rng_state(self, output_dir: str) -> None: pass
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None: load_random(checkpoint, self.args.seed, self.args.process_index, self.args.world_size)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled: self._load_from_checkpoint(resume_from_checkpoint)      # before the engine makes its copies
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        if resume_from_checkpoint is not None:
-            if self.is_deepspeed_enabled:
-                found, _ = model.load_checkpoint(resume_from_checkpoint, load_module_strict=self.args.stage != 1)
-                if found is None: raise FileNotFoundError(f"{resume_from_checkpoint}: DeepSpeed finds no state of its own in it; it was written without DeepSpeed")
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            self._load_scaler(resume_from_checkpoint)
+        pieces(self.model, self.optimizer)                      # an engine that cannot be saved is refused now, not at the first checkpoint
+        if resume_from_checkpoint is not None: load_state(resume_from_checkpoint, self.training)
         return model, loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, LlavaImageProcessorPil, PreTrainedConfig
 
+import llava_nb.trust as trust
 from . import efficientnet
 
 # %% ../nbs/20_vision.ipynb #eed13b33
@@ -30,7 +31,7 @@ def load_vision_config(
     tower: str | Path, # folder or hub id of the tower
 ) -> PreTrainedConfig:
     "Read a tower's configuration without its weights."
-    return vision_config(AutoConfig.from_pretrained(tower))
+    return vision_config(trust.load(AutoConfig, tower))
 
 # %% ../nbs/20_vision.ipynb #6851948b
 def image_size(
@@ -59,7 +60,7 @@ def image_processor_for(
     tower: str | Path, # folder or hub id that holds a preprocessor_config.json
 ):
     "The tower's own image processor, with the Pillow back end. Padding stays ours, also where a saved processor would pad."
-    processor = AutoImageProcessor.from_pretrained(tower, backend="pil")
+    processor = trust.load(AutoImageProcessor, tower, backend="pil")
     if getattr(processor, "do_pad", None): processor.do_pad = False
     return processor
 

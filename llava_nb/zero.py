@@ -76,13 +76,14 @@ def read_deepspeed_config(
     for key in ("optimizer", "scheduler"):
         if key in config:
             raise ValueError(f"{path}: the key {key!r} makes DeepSpeed build its own and collapses the parameter groups (projector_lr would be ignored); remove it")
+    if config.get("zero_optimization", {}).get("stage") == 3: config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True      # else checkpoints are pickles of parts
     if config.get("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = max_grad_norm
     return config
 
 # %% ../nbs/31_zero.ipynb #8eaad55e
 def init_distributed(
-    timeout_s: int = 1800, # how long a rank waits for another before it gives up
+    timeout_s: float = 1800, # how long a rank waits for another before it gives up
 ) -> None:
     "Join the ranks that the launcher started; alone, be a world of one. Call before building a model (idempotent)."
     if torch.distributed.is_initialized(): return

@@ -1,7 +1,9 @@
 """What every test finds set, whether it is started by `make test` or by a bare `pytest`."""
 import os
+import runpy
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +11,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")                 # no test may reach
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # and fork without a warning
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("LLAVA_NB_CACHE", tempfile.mkdtemp())   # converted records, not among the user's own
+NO_NETWORK = Path(__file__).parent / "no_network"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(NO_NETWORK), os.environ.get("PYTHONPATH"))))      # for the processes that tests start
+os.environ["LLAVA_NB_NETWORK_LOG"] = tempfile.mkstemp()[1]
+runpy.run_path(str(NO_NETWORK / "sitecustomize.py"))      # for this one
 if shutil.which("nvidia-smi") is None: os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_called():
+    "A test fails that reached for the network, also where the code that did swallowed the error"
+    yield
+    log = Path(os.environ["LLAVA_NB_NETWORK_LOG"])
+    said = log.read_text()
+    log.write_text("")
+    assert not said, f"reached for the network:\n{said}"
 
 
 def pytest_collection_modifyitems(items):

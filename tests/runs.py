@@ -51,13 +51,13 @@ def config(world: Path, name: str, **changes) -> tuple[Path, dict]:
     return file, settings
 
 
-def command(file: Path, ranks: int, *flags: str) -> dict:
+def command(file: Path, ranks: int, *flags: str, program: Path = ROOT / "llava_nb" / "train.py") -> dict:
     """How train.py is started: by Python alone, or by the launcher for 1 or 2 ranks."""
     bin_dir = Path(sys.executable).parent
     start = [sys.executable] if ranks == 0 else [str(bin_dir / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port())]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
     if not torch.cuda.is_available(): env["DS_ACCELERATOR"] = "cpu"
-    return {"args": [*start, str(ROOT / "llava_nb" / "train.py"), str(file), *flags], "env": env, "text": True}
+    return {"args": [*start, str(program), str(file), *flags], "env": env, "text": True}
 
 
 def run(file: Path, ranks: int, *flags: str) -> subprocess.CompletedProcess:
@@ -70,6 +70,14 @@ def launch(file: Path, ranks: int, *flags: str) -> list[float]:
     done = run(file, ranks, *flags)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return losses(Path(json.loads(file.read_text())["output_dir"]))
+
+
+def started(file: Path, ranks: int, step: int, **how) -> subprocess.Popen:
+    """A run that has just logged a step."""
+    process = subprocess.Popen(**command(file, ranks, **how), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        if line.split()[:1] == ["step"] and int(line.split()[1].split("/")[0]) >= step: return process
+    raise AssertionError("the run ended before it logged a step")
 
 
 def losses(run: Path) -> list[float]:

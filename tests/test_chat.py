@@ -183,6 +183,12 @@ def test_questions_that_cannot_be_asked(chat, text, image, message):
     assert chat.history == []
 
 
+def test_a_picture_that_would_take_gigabytes_is_refused(chat, tmp_path):
+    Image.new("1", (20_000, 1)).save(tmp_path / "long.png")
+    with pytest.raises(ValueError, match="20,000 x 1"): chat.ask("<image>\nWhat?", tmp_path / "long.png")
+    assert chat.history == []
+
+
 def test_missing_picture_and_templates(parts):
     with pytest.raises(FileNotFoundError, match="nowhere.png"): Chat(*parts).ask("What?", "nowhere.png")
     with pytest.raises(ValueError, match="vicuna_v9.*v1"): Chat(*parts, template="vicuna_v9")

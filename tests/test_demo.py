@@ -1,9 +1,14 @@
 """The demonstration: honest splits, objective labels, and the whole way at a tiny budget."""
 import json
 import random
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 from PIL import Image
+from runs import ROOT
 
 from llava_nb import demo, evals
 from llava_nb.conversation import get_template, normalise
@@ -72,6 +77,22 @@ def test_scores_count_what_was_asked():
     scores = {s.type: s for s in evals.score(answers, blank, {"name": "fox", "yes/no": "no"})}
     assert (scores["name"].accuracy, scores["name"].blank, scores["name"].most_frequent) == (.5, .5, .5)
     assert (scores["yes/no"].accuracy, scores["yes/no"].blank, scores["yes/no"].most_frequent) == (1, 0, 0)
+
+
+@pytest.mark.slow
+def test_a_killed_demonstration_goes_on_where_it_was(tmp_path):
+    """Killed with all its processes in the middle of stage 2: the second start trains no stage 1, and ends stage 2 from a checkpoint."""
+    out, command = tmp_path / "demo", [sys.executable, "-m", "llava_nb.demo", "--fast", "--out", str(tmp_path / "demo")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT)
+    deadline = time.monotonic() + 600
+    while not list(out.glob("stage2/checkpoint-*/MANIFEST.json")) and time.monotonic() < deadline: time.sleep(.05)
+    started = psutil.Process(process.pid).children(recursive=True)
+    for p in [*started, psutil.Process(process.pid)]: p.kill()
+    process.stdout.read(); psutil.wait_procs(started)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "stage1 is done" in done.stdout and "going on from checkpoint-" in done.stdout and "trial" not in done.stdout
+    assert (out / "results.json").is_file() and not list(out.glob("stage*/checkpoint-*"))
 
 
 @pytest.mark.slow

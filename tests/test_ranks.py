@@ -125,7 +125,7 @@ def test_stage_1_under_zero2_and_its_projector_in_stage_2(world):
     before = weights(folder)
     assert launch(file, 2, "--resume", str(folder / "checkpoint-10")) == whole
     assert farthest(before, weights(folder)) == 0
-    assert (folder / "checkpoint-10" / "global_step10" / "mp_rank_00_model_states.pt").stat().st_size < 200_000     # the frozen model is not in it
+    assert max(p.stat().st_size for p in (folder / "checkpoint-10").iterdir() if p.name != "tokenizer.json") < 200_000     # the frozen model is not in it
     stage2, _ = config(world, "stage2", zero=3, projector=str(folder), max_steps=1, learning_rate=0.0, projector_lr=0.0, weight_decay=0.0, save_steps=1)
     launch(stage2, 2)
     after = {k.removeprefix("multi_modal_projector."): v for k, v in weights(world / "stage2").items() if "multi_modal_projector" in k}

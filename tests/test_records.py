@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from llava_nb.conversation import get_template
-from llava_nb.imageproc import ImageTransform, load_image, pad_to_square
+from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
 from llava_nb.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, read_records
 
@@ -76,12 +76,36 @@ def test_a_picture_that_cannot_be_decoded_names_file_and_record(tmp_path):
     with pytest.raises(ValueError, match=r"record 0 \(id a\).*x\.png: cannot be decoded"): dataset([record("a", "x.png")], tmp_path)[0]
 
 
+def expand2square(image, background=(122, 116, 104)):
+    """The reference's padding, mm_utils.py."""
+    square = Image.new("RGB", (max(image.size),) * 2, background)
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+    return square
+
+
 @pytest.mark.parametrize("aspect", ["square", "pad"])
-@pytest.mark.parametrize("size", [(80, 60), (40, 100), (56, 56), (7, 3)])
-def test_pixels_are_the_processors_own(aspect, size):
+@pytest.mark.parametrize("size", [(80, 60), (40, 100), (56, 56), (7, 3), (30, 600), (600, 31), (57, 56), (501, 1003)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_pixels_are_the_processors_own(aspect, size, mode, tmp_path):
+    image = Image.effect_noise(size, 60).convert("RGB").convert(mode)
+    image.save(tmp_path / "x.png")
+    rgb = image.convert("RGB")
+    wanted = torch.as_tensor(CLIP(expand2square(rgb) if aspect == "pad" else rgb, return_tensors="pt")["pixel_values"][0])
+    assert torch.equal(ImageTransform(CLIP, aspect)(tmp_path / "x.png"), wanted) and torch.equal(ImageTransform(CLIP, aspect)(rgb), wanted)
+
+
+@pytest.mark.parametrize("size", [(3000, 3001), (5000, 1700)])
+def test_a_large_picture_is_squared_in_bands_to_the_same_bits(size):
     image = Image.effect_noise(size, 60).convert("RGB")
-    shown = pad_to_square(image, (122, 116, 104)) if aspect == "pad" else image
-    assert torch.equal(ImageTransform(CLIP, aspect)(image), torch.as_tensor(CLIP(shown, return_tensors="pt")["pixel_values"][0]))
+    assert torch.equal(ImageTransform(CLIP, "pad")(image), torch.as_tensor(CLIP(expand2square(image), return_tensors="pt")["pixel_values"][0]))
+
+
+def test_a_large_jpeg_at_a_reduced_scale_is_close_and_a_small_one_the_same(tmp_path):
+    for size, same in (((1500, 1000), False), ((90, 60), True)):
+        Image.effect_mandelbrot(size, (-2, -1.2, 1, 1.2), 60).convert("RGB").save(tmp_path / "x.jpg")
+        for aspect in ("square", "pad"):
+            whole, reduced = (ImageTransform(CLIP, aspect, reduced_jpeg=r)(tmp_path / "x.jpg") for r in (False, True))
+            assert torch.equal(whole, reduced) == same and (whole - reduced).abs().mean() < .05
 
 
 def test_siglip_shape_and_modes(tmp_path):
@@ -94,7 +118,8 @@ def test_siglip_shape_and_modes(tmp_path):
 def test_exif_is_applied_only_if_asked(tmp_path):
     exif = Image.Exif(); exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "p.jpg", exif=exif)
-    assert load_image(tmp_path / "p.jpg").size == (40, 20) and load_image(tmp_path / "p.jpg", True).size == (20, 40)
+    as_stored, turned = (ImageTransform(CLIP, "pad", exif)(tmp_path / "p.jpg") for exif in (False, True))
+    assert as_stored.shape == turned.shape and torch.equal(turned, as_stored.flip(1).transpose(1, 2)) and not torch.equal(turned, as_stored)
 
 
 def test_line_separators_inside_a_text_do_not_cut_a_jsonl_line(tmp_path):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import TIMEOUT, command, config, farthest, launch, losses, make_world, run, weights
+from runs import TIMEOUT, command, config, farthest, launch, losses, make_world, run, started, weights
 
-from llava_nb.checkpoint import MANIFEST, NoCheckpoint, checkpoints, fault, resolve_resume, rotate, seal
-from llava_nb.storage import note
+from llava_nb.checkpoint import MANIFEST, checkpoints, fault, resolve_resume, rotate, seal
+from llava_nb.storage import NoCheckpoint, note
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +104,6 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_weights_change
     assert not (world / name / "model.safetensors").exists()
 
 
-def started(file: Path, ranks: int, step: int) -> subprocess.Popen:
-    """A run that has just logged a step."""
-    process = subprocess.Popen(**command(file, ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for line in process.stdout:
-        if line.split()[:1] == ["step"] and int(line.split()[1].split("/")[0]) >= step: return process
-    raise AssertionError("the run ended before it logged a step")
-
-
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(world, whole, sign):
     file, settings = config(world, f"signal{sign.name}", save_steps=1000, gradient_accumulation_steps=4)
@@ -123,6 +115,21 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(world, 
     (left,) = checkpoints(Path(settings["output_dir"]))
     assert f"by {sign.name}; the same command goes on from {left.name}" in said and not fault(left)
     assert launch(file, 0) == whole[0] and farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
+
+
+def test_a_signal_at_any_instant_ends_a_run_with_75_and_nothing_is_lost(world, whole):
+    """From the first import to the export, with workers, which change nothing either. SIGNALS says how many: 2 every day, 20 by `make torture`."""
+    rng, ends = random.Random(int(os.environ.get("SIGNALS", 2))), []
+    for k in range(int(os.environ.get("SIGNALS", 2))):
+        file, settings = config(world, f"instant{k}", save_steps=7, gradient_accumulation_steps=4, dataloader_num_workers=2)
+        process = subprocess.Popen(**command(file, 0), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        time.sleep(rng.uniform(.5, 12)); process.send_signal(rng.choice([signal.SIGTERM, signal.SIGUSR1]) if k % 2 else signal.SIGTERM)
+        said = process.stdout.read()
+        ends.append(process.wait(TIMEOUT))
+        assert ends[-1] in (75, 0) or not said and ends[-1] == -signal.SIGUSR1, said          # the last: before our first line runs
+        assert (ends[-1] == 0) == ("done:" in said), said
+        assert launch(file, 0) == whole[0] and farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
+    print(f"signals at random instants: exit codes {ends}, all went on to the same weights")
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_as_if_nothing_had_been(world):
@@ -172,6 +179,17 @@ def test_a_finished_run_has_nothing_left_to_do(world, whole):
     assert done.returncode == 0 and "nothing was left to do: all 20 steps" in done.stdout
     assert losses(world / "whole") == whole[0] and farthest(weights(world / "whole"), whole[1]) == 0
     assert (world / "whole" / "checkpoint-20" / MANIFEST).is_file() and not (world / "whole" / "checkpoint-21").exists()
+
+
+def test_other_words_of_the_same_length_in_the_records_are_refused(world, whole, tmp_path, capsys):
+    from llava_nb import train
+    records = json.loads((world / "records.json").read_text())
+    answer = records[5]["conversations"][1]
+    answer["value"] = answer["value"][::-1].replace(" ", "_").replace("_", " ")
+    (world / "reworded.json").write_text(json.dumps(records))
+    file, settings = config(world, "edited", save_steps=1, gradient_accumulation_steps=4, data_path=str(world / "reworded.json"), use_cpu=True, resume=str(world / "whole" / "checkpoint-7"))
+    assert train.main([str(file)]) == 4
+    assert "text: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes, said", [({"learning_rate": 2e-4}, "learning_rate: 0.0001 then, 0.0002 now"), ({"seed": 7}, "seed: 42 then, 7 now"), ({"template": "llava_llama_2"}, "template: v1 then, llava_llama_2 now"),

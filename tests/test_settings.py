@@ -20,7 +20,7 @@ def written(folder, settings: dict) -> str:
 WRONG = {
     "takes one value": {"learning_rate": [1e-5, 2e-5]}, "not its content": {"deepspeed": {"zero_optimization": {"stage": 2}}}, "needs `zero`": {"offload": True},
     "per_device_train_batch_size 0": {"per_device_train_batch_size": 0}, "gradient_accumulation_steps 0": {"gradient_accumulation_steps": 0}, "threads 0": {"threads": 0},
-    "max_tokens 0": {"max_tokens": 0}, "is a file; name a folder": {"output_dir": __file__},
+    "max_tokens 0": {"max_tokens": 0}, "hang_timeout -1": {"hang_timeout": -1}, "is a file; name a folder": {"output_dir": __file__},
     "no room for text": {"model_max_length": 576}, "no such hidden state": {"vision_feature_layer": 99}, "samplers of its own": {"group_by_length": True},
 }
 
@@ -63,7 +63,7 @@ def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, mon
     (tmp_path / "r.json").write_text(json.dumps([PICTURE, TEXT] * 10))
     tokenizer = tiny_tokenizer()
     argv = [written(tmp_path, PARTS | {"data_path": str(tmp_path / "r.json"), "per_device_train_batch_size": 8, "num_train_epochs": 1}), "--dry_run"]
-    monkeypatch.setattr(train.transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: tokenizer)
+    monkeypatch.setattr(train.trust, "load", lambda *a, **k: tokenizer)
     assert train.main(argv) == 0
     out = capsys.readouterr().out
     encoder, template = train.masking.Encoder(tokenizer, len(tokenizer), 576, 2048), train.conversation.get_template("v1")

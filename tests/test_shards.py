@@ -40,7 +40,7 @@ def test_the_doctor_reads_headers_in_shards(tmp_path, capsys):
     doctor = lambda name, **changes: train.main(["doctor", str(config(world, name, **{"data_path": str(world / "few.json")} | changes)[0])])      # noqa: E731
     assert doctor("good-run", image_folder=str(world / "good")) == 0
     assert doctor("bad-run", image_folder=str(world / "bad")) == 2
-    assert f"record 2 (id {records[2]['id']}): image: {records[2]['image']} is no picture" in capsys.readouterr().out
+    assert f"record 2 (id {records[2]['id']}): image: {records[2]['image']!r}: its content is text" in capsys.readouterr().out
     assert doctor("both-run", data_path=str(world / "both"), image_folder=None) == 0
 
 

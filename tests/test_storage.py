@@ -85,7 +85,7 @@ def test_a_save_that_fails_removes_its_rubbish_raises_an_alarm_and_training_goes
     file, settings = config(world, "once", **SHORT)
     done = failing(file, "save.weights:1:ENOSPC:9")      # a rank that there is not: nothing happens
     assert done.returncode == 0 and "ALARM" not in done.stderr
-    for where in ("save.weights", "save.random_states", "seal.file", "seal.hashed"):
+    for where in ("save.weights", "save.part", "seal.file", "seal.hashed"):
         file, settings = config(world, f"once-{where}", **SHORT)
         out = Path(settings["output_dir"])
         how = command(file, 0)
@@ -123,7 +123,7 @@ def test_a_rank_that_cannot_write_stops_no_other(world):
     """Two ranks under ZeRO-3: rank 1's part fails once, both go on and end."""
     file, settings = config(world, "two", **SHORT | {"gradient_accumulation_steps": 2, "zero": 3})
     how = command(file, 2)
-    done = subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": "save.random_states:1:EIO:1", "LLAVA_NB_FAIL_ONCE": "1"}}, capture_output=True, timeout=TIMEOUT)
+    done = subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": "save.part:1:EIO:1", "LLAVA_NB_FAIL_ONCE": "1"}}, capture_output=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "rank 1: [Errno 5] Input/output error" in done.stderr and not fault(Path(settings["output_dir"]))
     assert [p.name for p in checkpoints(Path(settings["output_dir"]))] == ["checkpoint-4", "checkpoint-6"]
@@ -169,7 +169,7 @@ def test_a_second_run_in_one_folder_is_refused_and_told_who_holds_it(world, caps
 def test_progress_that_is_gone_is_missed(tmp_path):
     storage.make_folder(tmp_path)
     storage.note(tmp_path, sealed="checkpoint-12")
-    with pytest.raises(checkpoint.NoCheckpoint, match="sealed checkpoint-12 here, which is gone; put it back, or remove run.json"): checkpoint.resolve_resume(None, tmp_path)
+    with pytest.raises(storage.NoCheckpoint, match="sealed checkpoint-12 here, which is gone; put it back, or remove run.json"): checkpoint.resolve_resume(None, tmp_path)
 
 
 def test_verify_says_what_is_whole_and_what_is_not(world, whole, capsys, tmp_path):
@@ -187,6 +187,46 @@ def test_verify_says_what_is_whole_and_what_is_not(world, whole, capsys, tmp_pat
 
 
 # A power cut: what is not durable may be lost
+
+
+def test_a_power_cut_at_any_moment_of_a_save_leaves_a_checkpoint_that_is_resumed(tmp_path, monkeypatch):
+    """At each moment at which something reaches the disk, the machine dies: every file whose content was not made durable is empty, every name that its folder has not yet kept is gone."""
+    import shutil
+    run_dir, fsync, replace, kept, files = tmp_path / "run", os.fsync, os.replace, set(), {}
+    def save(step):
+        folder = run_dir / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in ("model.safetensors", "state.json", "trainer_state.json"): (folder / name).write_text(f"{name} {step}" * 50)
+        seal(folder)
+    save(1)
+    sound, outcomes = {p for p in run_dir.rglob("*")}, []
+    def cut():
+        dead = tmp_path / f"cut{len(outcomes)}"
+        shutil.copytree(run_dir, dead)
+        for path in dead.rglob("*"):
+            here = run_dir / path.relative_to(dead)
+            if here in sound or path.is_dir(): continue
+            if str(here) not in kept: path.unlink()                       # its folder did not keep the name
+            elif str(here) not in files: path.write_text("")              # nor the disk its content
+        with monkeypatch.context() as calm:
+            calm.setattr(os, "fsync", fsync); calm.setattr(os, "replace", replace)
+            found = checkpoint.resolve_resume(None, dead)
+            assert not fault(found)
+        outcomes.append(Path(found).name)
+    def durable(fd):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        fsync(fd); cut()
+        if os.path.isdir(path): kept.update(str(p) for p in Path(path).iterdir())
+        else: files[path] = True
+        cut()
+    def renamed(a, b):
+        if str(a) in files: files[str(b)] = True
+        replace(a, b); cut(); kept.add(str(b)); cut(); kept.discard(str(b))      # a file system may keep a name sooner
+    monkeypatch.setattr(os, "fsync", durable); monkeypatch.setattr(os, "replace", renamed)
+    save(2)
+    monkeypatch.undo()
+    assert outcomes[0] == "checkpoint-1" and outcomes[-1] == "checkpoint-2" and len(outcomes) > 15
+
 
 
 def test_files_are_durable_before_the_manifest_says_so_and_their_folders_too(tmp_path, monkeypatch):

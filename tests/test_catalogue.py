@@ -1,0 +1,39 @@
+"""Every id of the fault catalogue has tests that exist, or a written reason; what is owed is counted aloud (`pytest -s`)."""
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+from catalogue import CATALOGUE, NOT_YET
+from test_catalogue_data import FILES, PICTURES, RECORDS
+
+HERE = Path(__file__).parent
+
+
+@cache
+def functions(module: str) -> set[str]:
+    """The tests that a file defines."""
+    return {node.name for node in ast.parse((HERE / f"{module}.py").read_text()).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def test_all_148_are_there_and_each_has_tests_or_a_reason():
+    assert list(sorted(CATALOGUE)) == list(range(1, 149))
+    for number, fault in CATALOGUE.items(): assert fault.title and bool(fault.tests) != bool(fault.why) and (fault.why in ("", NOT_YET) or len(fault.why) > 60), number
+
+
+@pytest.mark.parametrize("number", [n for n, fault in CATALOGUE.items() if fault.tests])
+def test_the_tests_exist(number):
+    for name in CATALOGUE[number].tests:
+        module, function = name.split("::")
+        assert function in functions(module), name
+        table = {"test_a_record": RECORDS, "test_a_file_of_records": FILES, "test_a_picture": PICTURES}.get(function) if module == "test_catalogue_data" else None
+        if table and number not in (92, 125): assert any(case.split()[0] == str(number) for case in table), f"{name} has no case of {number}"
+
+
+def test_what_is_owed_is_said():
+    owed = [n for n, fault in CATALOGUE.items() if fault.why == NOT_YET]
+    reasons = [n for n, fault in CATALOGUE.items() if fault.why not in ("", NOT_YET)]
+    print(f"\n148 faults: {148 - len(owed) - len(reasons)} tested, {len(reasons)} with a written reason, {len(owed)} not yet")
+    for n in reasons: print(f"  {n:>3}  {CATALOGUE[n].title}: {CATALOGUE[n].why}")
+    for n in owed: print(f"  {n:>3}  {CATALOGUE[n].title}: {NOT_YET}")
+    assert len(owed) + len(reasons) + sum(bool(f.tests) for f in CATALOGUE.values()) == 148
