@@ -720,7 +720,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llava_nb.trainer.made_with': ('trainer.html#made_with', 'llava_nb/trainer.py'),
                                   'llava_nb.trainer.peak_memory': ('trainer.html#peak_memory', 'llava_nb/trainer.py'),
                                   'llava_nb.trainer.plan_sampler': ('trainer.html#plan_sampler', 'llava_nb/trainer.py'),
-                                  'llava_nb.trainer.saves_left': ('trainer.html#saves_left', 'llava_nb/trainer.py'),
+                                  'llava_nb.trainer.saves_of': ('trainer.html#saves_of', 'llava_nb/trainer.py'),
                                   'llava_nb.trainer.set_micro_steps': ('trainer.html#set_micro_steps', 'llava_nb/trainer.py')},
             'llava_nb.trust': { 'llava_nb.trust._newest': ('trust.html#_newest', 'llava_nb/trust.py'),
                                 'llava_nb.trust._root': ('trust.html#_root', 'llava_nb/trust.py'),

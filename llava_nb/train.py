@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 if __name__ == "__main__" and "__file__" in globals():      # run as a file: the repository, not llava_nb/, comes first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(75))      # while the libraries load, as in `program`
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name): signal.signal(getattr(signal, name), lambda number, frame: os._exit(75))      # while the libraries load, as in `program`
 
 # %% ../nbs/90_train.ipynb #0e82eaa1
 import argparse

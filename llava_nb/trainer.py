@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
-           'MeteredTrainer', 'made_with', 'SealedTrainer', 'saves_left', 'checkpoint_bytes', 'LlavaTrainer']
+           'MeteredTrainer', 'made_with', 'SealedTrainer', 'saves_of', 'checkpoint_bytes', 'LlavaTrainer']
 
 # %% ../nbs/33_trainer.ipynb #f2e2485e
 import hashlib
@@ -214,16 +214,16 @@ class SealedTrainer(MeteredTrainer):
         return max((int(p.name.split("-")[1]) for p in checkpoints(self.args.output_dir) if (p / MANIFEST).is_file()), default=0)
 
     def _save_checkpoint(self, model, trial):
-        out = Path(self.args.output_dir); folder = out / f"checkpoint-{self.state.global_step}"
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try: self._sealed_save(model, trial, folder)
         except StorageFailed as e:
             self.failed += 1
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-                print(f"ALARM: checkpoint-{self.state.global_step} could not be saved ({e}); training goes on, {self.failed} of {self.patience} failures in a row that end it", file=sys.stderr, flush=True)
+                counts = (folder / MANIFEST).is_file()
+                if not counts: shutil.rmtree(folder, ignore_errors=True)
+                print(f"ALARM: {folder.name} {'is sealed, and what comes after that failed' if counts else 'could not be saved'} ({e}); training goes on, {self.failed} of {self.patience} failures in a row that end it", file=sys.stderr, flush=True)
             if self.failed == self.patience: raise
-            return
-        self.failed = 0
+        else: self.failed = 0
 
     def _sealed_save(self, model, trial, folder: Path) -> None:
         with together(): fail_point("save.begin")
@@ -241,9 +241,9 @@ class SealedTrainer(MeteredTrainer):
 
     def check_room(self) -> None:
         "Refuse a run whose checkpoints the disk has no room for. Every rank must call."
+        saves = saves_of(self.args, self.plan_sampler.plan.steps)
         with together():
-            if self.args.should_save and saves_left(self.args, self.plan_sampler.plan.steps):
-                check_room(self.args.output_dir, checkpoint_bytes(self.model, self.args.bf16 and bool(self.args.deepspeed)), min(saves_left(self.args, self.plan_sampler.plan.steps), max(self.keep or 10**9, 2) + 1))
+            if self.args.should_save and saves: check_room(self.args.output_dir, checkpoint_bytes(self.model), min(saves, max(self.keep, 2) + 1) if self.keep else saves)
 
     def export(self) -> None:
         "Write the result; it is in its place when it was read back. Every rank must call."
@@ -260,7 +260,7 @@ class SealedTrainer(MeteredTrainer):
                 publish(made, self.args.output_dir)
                 self.state.save_to_json(str(made.parent / "trainer_state.json"))
 
-def saves_left(
+def saves_of(
     args: LlavaTrainingArguments,
     steps: int, # of an epoch
 ) -> int:
@@ -272,13 +272,12 @@ def saves_left(
 
 def checkpoint_bytes(
     model: torch.nn.Module, # partitioned or not
-    masters: bool, # float32 copies beside weights of half the precision
 ) -> int:
-    "What one checkpoint takes: weights, and two moments of every trained one."
+    "What one checkpoint takes: weights, and of every trained one a float32 copy and two moments."
     size = lambda p: getattr(p, "ds_numel", p.numel())
     trained = [p for p in model.parameters() if p.requires_grad]
-    weights = model.parameters() if any("language_model" in name for name, p in model.named_parameters() if p.requires_grad) else trained
-    return sum(size(p) * p.element_size() for p in weights) + sum(size(p) for p in trained) * (12 if masters else 8)
+    whole = any("language_model" in name for name, p in model.named_parameters() if p.requires_grad)       # stage 1 saves the projector alone
+    return sum(size(p) * p.element_size() for p in (model.parameters() if whole else trained)) + 12 * sum(map(size, trained))
 
 # %% ../nbs/33_trainer.ipynb #1752724e
 class LlavaTrainer(SealedTrainer):

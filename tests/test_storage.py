@@ -27,9 +27,11 @@ def whole(world):
     return launch(config(world, "whole", **SHORT)[0], 0), weights(world / "whole")
 
 
-def failing(file: Path, wish: str, ranks: int = 0) -> subprocess.CompletedProcess:
+def failing(file: Path, wish: str, ranks: int = 0, once: bool = False) -> subprocess.CompletedProcess:
+    """A run that dies or fails at a named point, the first time or each time."""
     how = command(file, ranks)
-    return subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": wish}}, capture_output=True, timeout=TIMEOUT)
+    env = how["env"] | {"LLAVA_NB_FAIL": wish} | ({"LLAVA_NB_FAIL_ONCE": "1"} if once else {})
+    return subprocess.run(**how | {"env": env}, capture_output=True, timeout=TIMEOUT)
 
 
 def ends_as_if_nothing_had_been(file: Path, whole) -> None:
@@ -88,12 +90,18 @@ def test_a_save_that_fails_removes_its_rubbish_raises_an_alarm_and_training_goes
     for where in ("save.weights", "save.part", "seal.file", "seal.hashed"):
         file, settings = config(world, f"once-{where}", **SHORT)
         out = Path(settings["output_dir"])
-        how = command(file, 0)
-        done = subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": f"{where}:1:ENOSPC", "LLAVA_NB_FAIL_ONCE": "1"}}, capture_output=True, timeout=TIMEOUT)
+        done = failing(file, f"{where}:1:ENOSPC", once=True)
         assert done.returncode == 0, (where, done.stdout[-2000:] + done.stderr[-2000:])
         assert done.stderr.count("ALARM: checkpoint-2 could not be saved") == 1 and "No space left" in done.stderr and "1 of 3 failures" in done.stderr
         assert [p.name for p in checkpoints(out)] == ["checkpoint-4", "checkpoint-6"]
         assert losses(out) == whole[0] and farthest(weights(out), whole[1]) == 0
+
+
+def test_a_sealed_checkpoint_stays_when_what_comes_after_it_fails(world):
+    file, settings = config(world, "after", **SHORT)
+    done = failing(file, "save.noted:1:EIO", once=True)
+    assert done.returncode == 0 and done.stderr.count("ALARM: checkpoint-2 is sealed, and what comes after that failed") == 1
+    assert [p.name for p in checkpoints(Path(settings["output_dir"]))] == ["checkpoint-4", "checkpoint-6"]      # it was whole, and rotated like any other
 
 
 def limited(file: Path, limit: int) -> subprocess.CompletedProcess:
@@ -122,8 +130,7 @@ def test_a_result_that_cannot_be_written_is_no_success(world, whole):
 def test_a_rank_that_cannot_write_stops_no_other(world):
     """Two ranks under ZeRO-3: rank 1's part fails once, both go on and end."""
     file, settings = config(world, "two", **SHORT | {"gradient_accumulation_steps": 2, "zero": 3})
-    how = command(file, 2)
-    done = subprocess.run(**how | {"env": how["env"] | {"LLAVA_NB_FAIL": "save.part:1:EIO:1", "LLAVA_NB_FAIL_ONCE": "1"}}, capture_output=True, timeout=TIMEOUT)
+    done = failing(file, "save.part:1:EIO:1", ranks=2, once=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "rank 1: [Errno 5] Input/output error" in done.stderr and not fault(Path(settings["output_dir"]))
     assert [p.name for p in checkpoints(Path(settings["output_dir"]))] == ["checkpoint-4", "checkpoint-6"]
