@@ -6,7 +6,7 @@
 __all__ = ['STYLES', 'UNSEEN_STYLE', 'GROUPS', 'HUES', 'UNSEEN_STYLE_TYPES', 'UNSEEN_THING_TYPES', 'STAGE1', 'STAGE2', 'COMMON',
            'BATCH', 'STAGE1_COST', 'CHAT', 'Thing', 'Emoji', 'choose', 'colour_of', 'several', 'side_by_side',
            'question', 'Asker', 'Writer', 'build_data', 'language_model_from_wheel', 'tower_from_wheel', 'Layout',
-           'layouts', 'launch', 'Demo', 'evaluate', 'page', 'chat', 'main']
+           'layouts', 'TrainingEnded', 'launch', 'Demo', 'evaluate', 'page', 'chat', 'main']
 
 # %% ../nbs/60_demo.ipynb #43f88afc
 import argparse
@@ -285,6 +285,10 @@ def layouts() -> list[Layout]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [Layout(1, cores)] + ([Layout(cores, 1)] if cores in (2, 4) else [])
 
+class TrainingEnded(RuntimeError):
+    "A stage that did not come to its end."
+    def __init__(self, code: int, said: str): super().__init__(said); self.code = code
+
 def launch(
     out: Path, # the run's folder, also of its configuration
     layout: Layout,
@@ -304,7 +308,7 @@ def launch(
     if not torch.cuda.is_available(): env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(layout.threads)}
     with open(out / "output.log", "w") as log:
         done = subprocess.run([str(bin_dir / "deepspeed"), "--num_gpus", str(layout.ranks), "--master_port", str(free_port()), str(train), str(file)], env=env, **({"stdout": log, "stderr": log} if quiet else {}))
-    if done.returncode: raise RuntimeError(f"training ended with code {done.returncode}" + (f"; see {out / 'output.log'}" if quiet else ""))
+    if done.returncode: raise TrainingEnded(done.returncode, f"training in {out} ended with code {done.returncode}" + (f"; see {out / 'output.log'}" if quiet else ""))
     return [h for h in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in h]
 
 # %% ../nbs/60_demo.ipynb #c2f2419f
@@ -470,7 +474,10 @@ def main(
         print(f"{demo.out} holds a finished run; remove it to run again\n\n{(demo.out / 'table.txt').read_text()}")
         return 0
     demo.prepare()
-    steps = demo.train()
+    try: steps = demo.train()
+    except TrainingEnded as e:
+        print(f"{e}; the same command goes on", file=sys.stderr)
+        return e.code
     scores = evaluate(demo)
     talk = chat(demo)
     minutes = (time.monotonic() - demo.begun) / 60

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
-           'MeteredTrainer', 'made_with', 'SealedTrainer', 'saves_of', 'checkpoint_bytes', 'LlavaTrainer']
+           'MeteredTrainer', 'made_with', 'code_version', 'SealedTrainer', 'saves_of', 'checkpoint_bytes',
+           'LlavaTrainer']
 
 # %% ../nbs/33_trainer.ipynb #f2e2485e
 import hashlib
@@ -16,6 +17,8 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -195,12 +198,18 @@ def made_with(
     "What must not change between a checkpoint and the run that goes on from it."
     names = ("stage", "sampler", "objective", "learning_rate", "projector_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_type", "warmup_steps",
              "max_grad_norm", "max_steps", "num_train_epochs", "seed", "bf16", "fp16", "per_device_train_batch_size", "max_tokens")
-    found = {name: str(getattr(args, name)) for name in names} | {"weights": "16 bits, master copies" if args.deepspeed and (args.bf16 or args.fp16) else "float32", "global_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size}
+    found = {name: str(getattr(args, name)) for name in names} | {"weights": "16 bits, master copies" if args.deepspeed and (args.bf16 or args.fp16) else "float32", "global_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size, "code": code_version()}
     if args.sampler == "compat": found["ranks"] = "one" if args.world_size == 1 else "several"      # the reference draws another order on one
     if dataset is None: return found
     hashed = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (dataset.lengths, dataset.supervised, dataset.has_image)))
-    return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "text": dataset.records.digest(), "template": dataset.template.name, "model_max_length": dataset.encoder.max_length,
-                    "image_aspect_ratio": getattr(dataset.image_transform, "aspect", None)}
+    tokenizer = hashlib.sha256(dataset.encoder.tokenizer.backend_tokenizer.to_str().encode("utf-8", "backslashreplace")).hexdigest()[:12]
+    return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "text": dataset.records.digest(), "tokenizer": tokenizer, "template": dataset.template.name,
+                    "model_max_length": dataset.encoder.max_length, "image_aspect_ratio": getattr(dataset.image_transform, "aspect", None)}
+
+def code_version() -> str:
+    "The kit's own code, as a hash of it, and the libraries that compute."
+    hashed = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files("llava_nb").iterdir(), key=str) if p.name.endswith(".py")))
+    return ", ".join([f"llava_nb {hashed.hexdigest()[:12]}", *(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))])
 
 class SealedTrainer(MeteredTrainer):
     "A Trainer whose checkpoints count when they are sealed, and whose failed saves cost an alarm."

@@ -192,6 +192,17 @@ def test_other_words_of_the_same_length_in_the_records_are_refused(world, whole,
     assert "text: " in capsys.readouterr().err
 
 
+def test_other_code_is_refused_and_allowed_by_the_flag(world, whole, capsys, monkeypatch):
+    from llava_nb import train, trainer
+    file, settings = config(world, "recoded", save_steps=1, gradient_accumulation_steps=4, use_cpu=True, resume=str(world / "whole" / "checkpoint-18"))
+    now = trainer.code_version()
+    assert all(f"{name} " in now for name in ("llava_nb", "torch", "transformers", "deepspeed"))
+    monkeypatch.setattr(trainer, "code_version", lambda: now.replace("torch", "torch 9"))
+    assert train.main([str(file)]) == 4
+    assert f"code: {now} then" in capsys.readouterr().err
+    assert train.main([str(file), "--allow_changes", "True"]) == 0 and farthest(weights(world / "recoded"), whole[1]) == 0
+
+
 @pytest.mark.parametrize("changes, said", [({"learning_rate": 2e-4}, "learning_rate: 0.0001 then, 0.0002 now"), ({"seed": 7}, "seed: 42 then, 7 now"), ({"template": "llava_llama_2"}, "template: v1 then, llava_llama_2 now"),
                                            ({"gradient_accumulation_steps": 2}, "global_batch: 4 then, 2 now"), ({"model_max_length": 255}, "model_max_length: 256 then, 255 now")])
 def test_going_on_with_something_else_is_refused_with_the_difference(world, whole, changes, said, capsys):
