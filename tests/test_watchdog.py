@@ -90,7 +90,7 @@ def test_a_worker_that_ended_is_named_with_its_records(world, sign):
 
 
 def test_a_stopped_worker_is_named_with_the_records_that_do_not_come(world):
-    file, _ = config(world, "stalled", max_steps=2000, save_steps=1000, dataloader_num_workers=2, hang_timeout=HANG)
+    file, _ = config(world, "stopped_worker", max_steps=2000, save_steps=1000, dataloader_num_workers=2, hang_timeout=HANG)
     process = started(file, 0, 3)
     worker = workers_of(process)[0]
     worker.send_signal(signal.SIGSTOP)
@@ -135,9 +135,9 @@ program()
 
 
 def test_a_read_that_does_not_end_is_named(world, stalling):
-    file, _ = config(world, "stall", max_steps=2000, save_steps=1000, hang_timeout=HANG, image_folder=str(folder_of_pictures(world, "stalled")))
+    file, _ = config(world, "stall", max_steps=2000, save_steps=1000, hang_timeout=HANG, image_folder=str(folder_of_pictures(world, "slow_disk")))
     process = started(file, 0, 2, program=stalling)
-    (world / "stalled" / "STALLED").write_text("")
+    (world / "slow_disk" / "STALLED").write_text("")
     code, said = ended(process, file)
     assert code == 6 and "this process does not bring records " in line_of(said, "no sign of life"), said[-3000:]
 
@@ -145,9 +145,9 @@ def test_a_read_that_does_not_end_is_named(world, stalling):
 @pytest.mark.slow
 def test_a_read_that_does_not_end_on_one_of_two_ranks_is_the_cause(world, stalling):
     """The rank that waits for its data speaks before the one that waits for it."""
-    file, settings = config(world, "stall2", zero=2, max_steps=2000, save_steps=1000, hang_timeout=2 * HANG, image_folder=str(folder_of_pictures(world, "stalled2")))
+    file, settings = config(world, "stall2", zero=2, max_steps=2000, save_steps=1000, hang_timeout=2 * HANG, image_folder=str(folder_of_pictures(world, "slow_disk2")))
     process = started(file, 2, 2, program=stalling)
-    picture = min((world / "stalled2").glob("*.png")); (world / "stalled2" / "STALLED").write_text(picture.name)
+    picture = min((world / "slow_disk2").glob("*.png")); (world / "slow_disk2" / "STALLED").write_text(picture.name)
     code, said = ended(process, file)
     assert code == 6 and f"does not bring records {picture.stem};" in line_of(said, "no sign of life"), said[-3000:]
     assert len(list(Path(settings["output_dir"]).glob("stacks-rank*.txt"))) == 2
