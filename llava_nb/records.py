@@ -544,7 +544,7 @@ def convert(
             total += len(block[0]); bar.update(len(block[0]))
         while waiting: _finish(*waiting.popleft())
     good, bad = _join(written, folder, [str(f) for f in found])
-    assert good + bad == total, (good, bad, total)
+    if good + bad != total: raise RuntimeError(f"{folder}: of {total:,} records {good:,} are good and {bad:,} bad; a fault of this code, nothing was kept")
     _replace(folder / "done.json", json.dumps({"files": [str(f) for f in found], "records": good, "problems": bad}))
     shutil.rmtree(parts)
 
