@@ -204,7 +204,7 @@ def made_with(
     hashed = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (dataset.lengths, dataset.supervised, dataset.has_image)))
     tokenizer = hashlib.sha256(dataset.encoder.tokenizer.backend_tokenizer.to_str().encode("utf-8", "backslashreplace")).hexdigest()[:12]
     return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "text": dataset.records.digest(), "tokenizer": tokenizer, "template": dataset.template.name,
-                    "model_max_length": dataset.encoder.max_length, "image_aspect_ratio": getattr(dataset.image_transform, "aspect", None)}
+                    "model_max_length": dataset.encoder.max_length, **{name: getattr(dataset.image_transform, own, None) for name, own in (("image_aspect_ratio", "aspect"), ("apply_exif", "apply_exif"), ("reduced_jpeg", "reduced_jpeg"))}}
 
 def code_version() -> str:
     "The kit's own code, as a hash of it, and the libraries that compute."

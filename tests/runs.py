@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORDS, STEPS, TIMEOUT = 96, 20, 240
 
 
-def make_world(where: Path) -> Path:
-    """Records, pictures and a llava-hf folder for a run."""
+def make_world(where: Path, dropout: float = 0.0) -> Path:
+    """Records, pictures and a llava-hf folder for a run; `dropout` in its attention makes every step depend on the random states."""
     rng, records = np.random.default_rng(0), []
     for k in range(RECORDS):
         words = " ".join(f"word{rng.integers(50)}" for _ in range(rng.integers(2, 12)))
@@ -34,6 +34,7 @@ def make_world(where: Path) -> Path:
     tokenizer = tiny_tokenizer()
     model = tiny_llava(tokenizer, seed=3)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    model.config.text_config.attention_dropout = dropout
     save_llava(model, where / "start", tokenizer, processor)
     return where
 

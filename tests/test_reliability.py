@@ -17,7 +17,7 @@ from llava_nb.storage import NoCheckpoint, note
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"), dropout=.1)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_other_code_is_refused_and_allowed_by_the_flag(world, whole, capsys, mon
 
 
 @pytest.mark.parametrize("changes, said", [({"learning_rate": 2e-4}, "learning_rate: 0.0001 then, 0.0002 now"), ({"seed": 7}, "seed: 42 then, 7 now"), ({"template": "llava_llama_2"}, "template: v1 then, llava_llama_2 now"),
-                                           ({"gradient_accumulation_steps": 2}, "global_batch: 4 then, 2 now"), ({"model_max_length": 255}, "model_max_length: 256 then, 255 now")])
+                                           ({"reduced_jpeg": True}, "reduced_jpeg: False then, True now"), ({"gradient_accumulation_steps": 2}, "global_batch: 4 then, 2 now"), ({"model_max_length": 255}, "model_max_length: 256 then, 255 now")])
 def test_going_on_with_something_else_is_refused_with_the_difference(world, whole, changes, said, capsys):
     from llava_nb import train
     file, settings = config(world, "other", save_steps=1)

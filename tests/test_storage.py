@@ -18,7 +18,7 @@ SHORT = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 4, "sav
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"), dropout=.1)
 
 
 @pytest.fixture(scope="module")
