@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 FILES := $(shell sed -n 's/^demo_files *= *//p' settings.ini)
 CUDA  := $(shell command -v nvidia-smi 2>/dev/null)
 ENV    = PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(if $(CUDA),,DS_ACCELERATOR=cpu)
-PYTEST = $(ENV) OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+PYTEST = $(ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 NBTEST = $(ENV) PYTHONPATH=$(CURDIR)/tests/no_network OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n-workers 2
 
 .PHONY: help demo test test-all torture audit bench export notebooks readme lab
@@ -24,12 +24,13 @@ demo: $(STAMP)   ## real weights, real pictures: two stages of training, an eval
 test: $(STAMP)   ## the sync test, every notebook, every fast test
 	$(PYTEST) tests/test_sync.py
 	$(NBTEST)
-	$(PYTEST) tests --ignore tests/test_sync.py -m "not slow"
+	$(PYTEST) tests --ignore tests/test_sync.py -n 2 --dist loadfile -m "not slow"
 
 test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with several ranks
 	$(PYTEST) tests/test_sync.py
 	$(NBTEST) --flags slow --cell-timeout 2400
-	$(PYTEST) tests --ignore tests/test_sync.py
+	$(PYTEST) tests --ignore tests/test_sync.py -n 2 --dist loadfile --deselect tests/test_soak.py
+	$(PYTEST) tests/test_soak.py
 
 torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants, one at every named point, fuzzing, a long run
 	KILLS=50 SIGNALS=20 FAILPOINTS=all FUZZ=200000 FUZZ_PICTURES=20000 SOAK=10000 $(PYTEST) tests/test_catalogue.py tests/test_reliability.py tests/test_storage.py tests/test_fuzz.py tests/test_soak.py -s

@@ -9,8 +9,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                 # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")     # and fork without a warning
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("LLAVA_NB_CACHE", tempfile.mkdtemp())   # converted records, not among the user's own
+os.environ.setdefault("OMP_NUM_THREADS", "1")               # `make test` has two processes side by side
+os.environ["LLAVA_NB_CACHE"] = tempfile.mkdtemp()           # converted records, not among the user's own, and each process of tests has its own
 NO_NETWORK = Path(__file__).parent / "no_network"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(NO_NETWORK), os.environ.get("PYTHONPATH"))))      # for the processes that tests start
 os.environ["LLAVA_NB_NETWORK_LOG"] = tempfile.mkstemp()[1]

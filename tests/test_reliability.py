@@ -194,7 +194,7 @@ def test_other_words_of_the_same_length_in_the_records_are_refused(world, whole,
 
 def test_other_code_is_refused_and_allowed_by_the_flag(world, whole, capsys, monkeypatch):
     from llava_nb import train, trainer
-    file, settings = config(world, "recoded", save_steps=1, gradient_accumulation_steps=4, use_cpu=True, resume=str(world / "whole" / "checkpoint-18"))
+    file, settings = config(world, "recoded", save_steps=1, gradient_accumulation_steps=4, use_cpu=True, threads=1, resume=str(world / "whole" / "checkpoint-18"))
     now = trainer.code_version()
     assert all(f"{name} " in now for name in ("llava_nb", "torch", "transformers", "deepspeed"))
     monkeypatch.setattr(trainer, "code_version", lambda: now.replace("torch", "torch 9"))
