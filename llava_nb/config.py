@@ -56,6 +56,7 @@ class RunConfig:
     deep: bool = _setting(False, "With `doctor`: decode every picture whole, which finds cut files.")
     allow_changes: bool = _setting(False, "Go on from a checkpoint that was made with other settings or records.")
     threads: int | None = _setting(None, "CPU threads of each rank; by default torch's choice.")
+    look_seconds: float = _setting(20, "Seconds in which the ranks open pictures before the first step, as many as they can, and refuse those that cannot be read; 0: none.")
 
 CONFIGS = (ModelConfig, DataConfig, RunConfig)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'WHOLE', 'self_test', 'look', 'Findings', 'by_kind', 'summary', 'line', 'thumbnail', 'strip', 'page',
-           'write']
+           'write', 'first_look']
 
 # %% ../nbs/34_doctor.ipynb #5d745ba6
 import base64
@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,12 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from .conversation import normalise
 from .imageproc import oddities, open_image, scale
 from .masking import IGNORE_INDEX
-from .records import SHOWN, Folder, Gate, Problem, Records, raw_rows
+from .records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, raw_rows
 from .viz import token_strip
 
 # %% ../nbs/34_doctor.ipynb #b0c8108c
@@ -226,3 +229,23 @@ def write(
                 if (file, k) in keep: rows[file, k] = row
                 for p, noted in listed.get((file, k), ()): out.write(json.dumps(line(p, json.loads(row), noted)) + "\n")
     (folder / "findings.html").write_text(page(found, gate, rows), encoding="utf-8", errors="backslashreplace")
+
+# %% ../nbs/34_doctor.ipynb #ba03aec0
+def first_look(
+    dataset: LlavaDataset,
+    seconds: float, # at most
+    rank: int = 0,
+    world_size: int = 1, # ranks that share the pictures
+    threads: int = 16, # see `Findings.add`
+) -> tuple[int, list[Problem]]: # pictures that this rank opened; a record of each that cannot be read
+    "Open the headers of as many pictures as the time allows."
+    pictures, records = np.unique(dataset.pictures, return_index=True)
+    order = np.random.default_rng(0).permutation(records[pictures >= 0])[rank::world_size].tolist()
+    until, opened, bad = time.monotonic() + seconds, 0, []
+    with ThreadPoolExecutor(threads) as pool:
+        while opened < len(order) and time.monotonic() < until:
+            some = order[opened:opened + 16 * threads]
+            images = [dataset.records[i]["image"] for i in some]
+            bad += [dataset.records.place(i, wrong) for i, (wrong, _) in zip(some, pool.map(lambda image: look(dataset.source, image), images)) if wrong]
+            opened += len(some)
+    return opened, bad

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'PUBLISHED', 'MEASURED', 'USAGE', 'Run', 'parse', 'check_training', 'training_fields', 'training_arguments',
-           'start_folder', 'assemble', 'Pieces', 'build', 'places', 'precision', 'use_features', 'gate_of', 'reading',
-           'check_length', 'found_config', 'load_model', 'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare',
-           'hold', 'execute', 'architecture', 'dry_model', 'mean_length', 'size_of_data', 'steps_of_epoch', 'dry_run',
-           'examine', 'verify', 'help_text', 'main', 'program']
+           'start_folder', 'assemble', 'Pieces', 'build', 'open_pictures', 'places', 'precision', 'use_features',
+           'gate_of', 'reading', 'check_length', 'found_config', 'load_model', 'loss_line', 'LossLine', 'QuietLossLine',
+           'summary', 'prepare', 'hold', 'execute', 'architecture', 'dry_model', 'mean_length', 'size_of_data',
+           'steps_of_epoch', 'dry_run', 'examine', 'verify', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import os
@@ -105,6 +105,7 @@ def check_training(
     refuse(bool(args.output_dir) and Path(args.output_dir).is_file(), f"output_dir {args.output_dir} is a file; name a folder")
     refuse(args.zero is not None and bool(args.deepspeed), "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage")
     refuse(args.hang_timeout < 0, f"hang_timeout {args.hang_timeout:g} must be at least 0 (wait for ever)")
+    refuse(run.run.look_seconds < 0, f"look_seconds {run.run.look_seconds:g} must be at least 0 (open no picture)")
     refuse(args.offload and not args.zero, "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded")
     records.stopping([], run.data.bad_records); records.check_budget(0, 0, run.data.max_bad)
     if run.data.template not in (None, "chat_template"): conversation.get_template(run.data.template)
@@ -205,10 +206,23 @@ def build(
         file, source = places(run, path)
         return records.LlavaDataset(file, gate.template, gate.encoder, transform, source, run.data.bad_records, run.data.records_cache, run.data.repair, run.data.max_bad, run.data.findings)
     train, held_out = [path and dataset(path) for path in (run.data.data_path, run.data.eval_data_path)]
+    for d in filter(None, (train, held_out)): open_pictures(run, args, d)
     if run.run.resume and not run.run.allow_changes: checkpoint.check_same(run.run.resume, trainer.made_with(args, train))
     start = start_folder(run, args.output_dir, args.seed)
     if run.data.feature_cache: use_features(run, args, start, [d for d in (train, held_out) if d and d.has_image.any()])
     return Pieces(load_model(run, args, start), gate.encoder.tokenizer, processor, train, held_out)
+
+# %% ../nbs/90_train.ipynb #f31b14bf
+def open_pictures(
+    run: Run,
+    args: trainer.LlavaTrainingArguments,
+    dataset: records.LlavaDataset,
+) -> None:
+    "Refuse pictures that cannot be read, as far as `look_seconds` goes; the ranks share them."
+    shares = zero.from_all_ranks(doctor.first_look(dataset, run.run.look_seconds, args.process_index, args.world_size))
+    opened, bad, total = sum(n for n, _ in shares), [str(p) for _, share in shares for p in share], len(set(dataset.pictures.tolist()) - {-1})
+    if bad: raise ValueError(f"{len(bad):,} of {opened:,} pictures cannot be read (`llava_nb doctor` looks at all, and its --findings with --bad_records leave them out):\n" + "\n".join(f"  {p}" for p in bad[:records.SHOWN]))
+    if opened < total and args.process_index == 0: print(f"pictures: {opened:,} of {total:,} opened in {run.run.look_seconds:g} s, none is bad; `llava_nb doctor` opens all", flush=True)
 
 # %% ../nbs/90_train.ipynb #19a6f339
 def places(

@@ -3,7 +3,7 @@ import json
 
 import pytest
 from PIL import Image
-from runs import config, make_world
+from runs import config, make_world, run
 
 from llava_nb import train
 from llava_nb.imageproc import open_image
@@ -57,6 +57,21 @@ def test_a_run_that_is_told_what_the_doctor_found_leaves_it_out(world, capsys):
     assert train.main([str(file), "--repair", "False", "--findings", findings, "--bad_records", "unreadable"]) == 2 and "begins with an answer" in capsys.readouterr().err
     (world / "cut_records.json").write_text(json.dumps(sound + [record | {"id": "other"}]))
     assert train.main([str(file), "--findings", findings]) == 2 and "run the doctor again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_run_opens_its_pictures_first_and_refuses_those_it_cannot_read(world, ranks):
+    """Two bad ones of five, which the ranks share; all are said by the first rank, once, and no weight is read."""
+    folder = world / f"five{ranks}"; folder.mkdir()
+    for k in range(3): Image.new("RGB", (60, 40), (k, 90, 90)).save(folder / f"{k}.png")
+    (folder / "3.jpg").write_text("<html>404"); (folder / "4.webp").write_bytes(b"")
+    names = [p.name for p in sorted(folder.iterdir())]
+    (folder / "records.json").write_text(json.dumps([{"id": name, "image": names[k % 5], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]} for k, name in enumerate(names * 4)]))
+    changes = {"data_path": str(folder / "records.json"), "image_folder": str(folder), "max_steps": 1, "save_strategy": "no"}
+    done = run(config(world, f"opened{ranks}", **changes)[0], ranks)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.count("2 of 5 pictures cannot be read") == 1 and "record 3 (id 3.jpg): image: '3.jpg': its content is" in done.stderr and "record 4 (id 4.webp)" in done.stderr and "attention:" not in done.stdout
+    assert run(config(world, f"unopened{ranks}", **changes, look_seconds=0)[0], 0).returncode == 6        # in the middle of the run, as it is without
 
 
 def test_tokenizer_template_and_length_are_tried_before_records_are_read(world, capsys):

@@ -117,15 +117,16 @@ def folder_of_pictures(world: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def stalling(tmp_path_factory) -> Path:
-    """train.py on a file system that stops answering for the pictures that `STALLED` in their folder names (all, if it is empty): reading a pipe would be such a wait, but pipes are refused."""
+    """train.py on a file system that stops answering for the pictures that `STALLED` in their folder names (all, if it is empty; `END`: whose driver ends the process): reading a pipe would be such a wait, but pipes are refused."""
     program = tmp_path_factory.mktemp("stalling") / "stalling.py"
-    program.write_text(f"""import sys, time
+    program.write_text(f"""import os, sys, time
 sys.path[0] = {str(ROOT)!r}
 from llava_nb.records import Folder
 from llava_nb.train import program
 opened = Folder.open
 def stalls(folder, name):
     mark = folder.root / "STALLED"
+    if mark.exists() and mark.read_text() == "END": os._exit(0)
     while mark.exists() and mark.read_text() in ("", name): time.sleep(.1)
     return opened(folder, name)
 Folder.open = stalls
@@ -140,6 +141,15 @@ def test_a_read_that_does_not_end_is_named(world, stalling):
     (world / "slow_disk" / "STALLED").write_text("")
     code, said = ended(process, file)
     assert code == 6 and "this process does not bring records " in line_of(said, "no sign of life"), said[-3000:]
+
+
+def test_a_worker_that_leaves_without_an_error_is_named_with_its_records(world, stalling):
+    file, _ = config(world, "leaves", max_steps=2000, save_steps=1000, dataloader_num_workers=2, hang_timeout=60, image_folder=str(folder_of_pictures(world, "leaving")))
+    process = started(file, 0, 2, program=stalling)
+    (world / "leaving" / "STALLED").write_text("END")
+    code, said = ended(process, file)
+    line = line_of(said, "ended with exit code 0")
+    assert code == 6 and "in hand records " in line, said[-3000:]
 
 
 @pytest.mark.slow
