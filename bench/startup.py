@@ -14,7 +14,6 @@ os.environ["DS_ACCELERATOR"] = "cpu"        # before transformers asks
 import argparse
 import json
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,6 +34,7 @@ from plan import cpu_name
 from llava_nb.checkpoint import save_llava
 from llava_nb.llava import tiny_llava
 from llava_nb.masking import tiny_tokenizer
+from llava_nb.zero import free_port
 
 TRAIN, BIN = Path(__file__).resolve().parent.parent / "llava_nb" / "train.py", Path(sys.executable).parent
 FIXED = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -60,12 +60,6 @@ def settings(where: Path, workers: int, steps: int) -> Path:
         "model": str(where / "model"), "data_path": str(where / "records.json"), "image_folder": str(where), "output_dir": str(where / "run"), "template": "v1", "model_max_length": 256,
         "stage": 2, "zero": 2, "max_steps": steps, "per_device_train_batch_size": 4, "dataloader_num_workers": workers, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}))
     return where / "train.json"
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def is_rank(process: psutil.Process) -> bool: return any(word.startswith("--local_rank=") for word in process.cmdline())

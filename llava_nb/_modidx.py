@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'llava_nb.checkpoint._resolve': ('checkpoint.html#_resolve', 'llava_nb/checkpoint.py'),
                                      'llava_nb.checkpoint._set_aside': ('checkpoint.html#_set_aside', 'llava_nb/checkpoint.py'),
                                      'llava_nb.checkpoint._settled': ('checkpoint.html#_settled', 'llava_nb/checkpoint.py'),
+                                     'llava_nb.checkpoint._settled_one': ('checkpoint.html#_settled_one', 'llava_nb/checkpoint.py'),
                                      'llava_nb.checkpoint._write_manifest': ('checkpoint.html#_write_manifest', 'llava_nb/checkpoint.py'),
                                      'llava_nb.checkpoint.check_same': ('checkpoint.html#check_same', 'llava_nb/checkpoint.py'),
                                      'llava_nb.checkpoint.checkpoints': ('checkpoint.html#checkpoints', 'llava_nb/checkpoint.py'),

@@ -231,3 +231,14 @@ def test_no_file_names_a_machine():
     text = [p for p in project_files() if p.suffix not in {".zip", ".gz", ".png", ".webp", ".model", ".npz", ".safetensors"} and p.name != "tokenizer.json"]
     named = {str(p.relative_to(ROOT)): places.search(p.read_text(encoding="utf-8", errors="ignore")) for p in text}
     assert not {name: hit.group() for name, hit in named.items() if hit}
+
+
+def test_a_wheel_built_again_is_the_same_to_the_byte(tmp_path):
+    built = []
+    for k in range(2):
+        folder = tmp_path / str(k); folder.mkdir()
+        shutil.copytree(ROOT / "llava_nb", folder / "llava_nb", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"): shutil.copy(ROOT / name, folder)
+        subprocess.run([sys.executable, "-m", "build", "-q", "--wheel", "--no-isolation", str(folder)], check=True, capture_output=True, env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"})
+        built.append(next((folder / "dist").glob("*.whl")).read_bytes())
+    assert built[0] == built[1]
