@@ -52,6 +52,14 @@ def config(world: Path, name: str, **changes) -> tuple[Path, dict]:
     return file, settings
 
 
+def captions(world: Path) -> Path:
+    """The records with pictures, as captions for stage 1."""
+    records = json.loads((world / "records.json").read_text())
+    kept = [{"id": r["id"], "image": r["image"], "conversations": [{"from": "human", "value": "<image>"}, r["conversations"][1]]} for r in records if "image" in r]
+    (world / "captions.json").write_text(json.dumps(kept))
+    return world / "captions.json"
+
+
 def command(file: Path, ranks: int, *flags: str, program: Path = ROOT / "llava_nb" / "train.py") -> dict:
     """How train.py is started: by Python alone, or by the launcher for 1 or 2 ranks."""
     bin_dir = Path(sys.executable).parent

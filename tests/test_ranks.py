@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import RECORDS, STEPS, TIMEOUT, config, farthest, launch, losses, make_world, weights
+from runs import RECORDS, STEPS, TIMEOUT, captions, config, farthest, launch, losses, make_world, weights
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_nb.conversation import get_template
@@ -130,10 +130,3 @@ def test_stage_1_under_zero2_and_its_projector_in_stage_2(world):
     launch(stage2, 2)
     after = {k.removeprefix("multi_modal_projector."): v for k, v in weights(world / "stage2").items() if "multi_modal_projector" in k}
     assert farthest(before, after) == 0
-
-
-def captions(world: Path) -> Path:
-    records = json.loads((world / "records.json").read_text())
-    kept = [{"id": r["id"], "image": r["image"], "conversations": [{"from": "human", "value": "<image>"}, r["conversations"][1]]} for r in records if "image" in r]
-    (world / "captions.json").write_text(json.dumps(kept))
-    return world / "captions.json"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import ROOT, TIMEOUT, command, config, farthest, launch, losses, make_world, run, weights
+from runs import ROOT, TIMEOUT, captions, command, config, farthest, launch, losses, make_world, run, weights
 
 from llava_nb import checkpoint, storage, train
 from llava_nb.checkpoint import MANIFEST, checkpoints, fault, seal
@@ -78,6 +78,25 @@ def test_killed_at_every_named_point_a_run_ends_as_if_nothing_had_been(world, wh
     assert done.returncode == -signal.SIGKILL, (wish, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
     assert not sealed or any(not fault(p) for p in checkpoints(out))
     ends_as_if_nothing_had_been(file, whole)
+
+
+# Rank 1 while it writes its part, while it hashes its files, when it is through; rank 0 before the manifest, after it, in the middle of the export.
+CHAIN_OF_TWO = ["save.part:1::1", "seal.file:2::1", "seal.done:1::1", "seal.hashed:2::0", "save.noted:1::0", "export.moved:2::0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, zero", [(2, 3), (1, 2)])
+def test_one_of_two_ranks_killed_at_one_point_after_another_a_run_ends_as_if_nothing_had_been(world, stage, zero):
+    """A kill of one rank ends the other, wherever that is then; attention drops out."""
+    of_stage = {"stage": 1, "template": "plain", "data_path": str(captions(world)), "image_aspect_ratio": "square", "projector_lr": None} if stage == 1 else {}
+    changes = SHORT | {"gradient_accumulation_steps": 2, "zero": zero} | of_stage
+    quiet, file = (config(world, f"{name}{stage}", **changes)[0] for name in ("quiet_two", "killed_two"))
+    steps, out = launch(quiet, 2), world / f"killed_two{stage}"
+    for wish in CHAIN_OF_TWO:
+        done = failing(file, wish, ranks=2)
+        assert done.returncode not in (0, 2, 4) and "done:" not in done.stdout, (wish, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+    assert launch(file, 2) == steps and farthest(weights(out), weights(world / f"quiet_two{stage}")) == 0
+    assert not fault(out) and not any(map(fault, checkpoints(out)))
 
 
 # A save that fails
