@@ -3,6 +3,7 @@ import os
 import runpy
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def nobody_is_called():
     said = log.read_text()
     log.write_text("")
     assert not said, f"reached for the network:\n{said}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What tests counted or measured, `record_property(\"reached\", TEXT)`, after all else; the same said by several is counted"
+    said = Counter(text for r in terminalreporter.getreports("passed") for key, text in r.user_properties if key == "reached")
+    if not said: return
+    terminalreporter.section("what was reached")
+    for text, n in said.items(): terminalreporter.write_line(f"{n} x {text}" if n > 1 else text)
 
 
 def pytest_collection_modifyitems(items):

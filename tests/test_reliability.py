@@ -117,7 +117,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(world, 
     assert launch(file, 0) == whole[0] and farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
 
 
-def test_a_signal_at_any_instant_ends_a_run_with_75_and_nothing_is_lost(world, whole):
+def test_a_signal_at_any_instant_ends_a_run_with_75_and_nothing_is_lost(world, whole, record_property):
     """From the first import to the export, with workers, which change nothing either. SIGNALS says how many: 2 every day, 20 by `make torture`."""
     rng, ends = random.Random(int(os.environ.get("SIGNALS", 2))), []
     for k in range(int(os.environ.get("SIGNALS", 2))):
@@ -129,7 +129,7 @@ def test_a_signal_at_any_instant_ends_a_run_with_75_and_nothing_is_lost(world, w
         assert ends[-1] in (75, 0), said
         assert (ends[-1] == 0) == ("done:" in said), said
         assert launch(file, 0) == whole[0] and farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
-    print(f"signals at random instants: exit codes {ends}, all went on to the same weights")
+    record_property("reached", f"{len(ends)} signals at random instants: {ends.count(75)} runs stopped with code 75, {ends.count(0)} had just ended; all went on to bit-identical weights")
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_as_if_nothing_had_been(world):
@@ -159,7 +159,7 @@ def killed(file: Path, out: Path, rng: random.Random, kills: int) -> tuple[int, 
     return kills, inside
 
 
-def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_been(world, whole):
+def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_been(world, whole, record_property):
     """Every step saves, so that many kills fall into a save. KILLS says how many: 4 every day, 50 by `make torture`."""
     wanted, total, inside, rng = int(os.environ.get("KILLS", 4)), 0, 0, random.Random(7)
     for round in itertools.count():
@@ -170,7 +170,7 @@ def test_killed_at_random_instants_a_run_ends_as_if_nothing_had_been(world, whol
         assert launch(file, 0) == whole[0] and farthest(weights(out), whole[1]) == 0, round
         assert not any(map(fault, checkpoints(out)))
         if total >= wanted: break
-    print(f"{total} kills, {inside} of them inside a save: every run went on and ended with the same losses and weights")
+    record_property("reached", f"{total} kills at random instants, {inside} of them inside a save: all went on to the same losses and bit-identical weights")
 
 
 def test_a_finished_run_has_nothing_left_to_do(world, whole):

@@ -37,7 +37,7 @@ def looked_at(file: Path) -> tuple[int, list[tuple[int, int, int, int]]]:
 
 
 @pytest.mark.slow
-def test_a_long_run_holds_no_more_at_its_end_than_after_its_first_steps(world):
+def test_a_long_run_holds_no_more_at_its_end_than_after_its_first_steps(world, record_property):
     before = shared()
     file, _ = config(world, "soak", max_steps=STEPS, save_steps=STEPS // 6, save_total_limit=2, logging_steps=10, dataloader_num_workers=2)
     code, found = looked_at(file)
@@ -46,14 +46,14 @@ def test_a_long_run_holds_no_more_at_its_end_than_after_its_first_steps(world):
     third = len(steps) // 3
     early, late = (np.median(memory[part]) / 1e6 for part in (slice(third), slice(-third, None)))
     apart = np.median(steps[-third:]) - np.median(steps[:third])
-    print(f"{STEPS} steps: {early:.1f} MB, {late:.1f} MB {apart:.0f} steps later ({(late - early) / apart * 1000:+.2f} MB per 1,000 steps); {descriptors[:third].max()}, then {descriptors[-third:].max()} descriptors at most; {threads.min()}-{threads.max()} threads")
+    record_property("reached", f"{STEPS:,} steps: {early:.1f} MB, {late:.1f} MB {apart:.0f} steps later ({(late - early) / apart * 1000:+.2f} MB per 1,000 steps); {descriptors[:third].max()}, then {descriptors[-third:].max()} descriptors at most; {threads.min()}-{threads.max()} threads")
     assert late - early < 1e-3 * apart + 1.5             # MB; the allocator takes a piece now and then
     assert descriptors[-third:].max() <= descriptors[:third].max() + 8 and np.ptp(threads) <= 2
     assert shared() <= before
 
 
 @pytest.mark.slow
-def test_five_resumes_hold_no_more_than_the_first(world):
+def test_five_resumes_hold_no_more_than_the_first(world, record_property):
     before, ends = shared(), []
     for k in range(6):
         file, _ = config(world, "resumed", max_steps=120, num_train_epochs=1, save_steps=20, save_total_limit=2, logging_steps=2, dataloader_num_workers=2, lr_scheduler_type="constant")
@@ -67,7 +67,7 @@ def test_five_resumes_hold_no_more_than_the_first(world):
         p.terminate(); process.stdout.read()
         assert process.wait(TIMEOUT) == 75
     memory, descriptors, threads = np.array(ends).T
-    print(f"6 starts: {memory.min() / 1e6:.0f}-{memory.max() / 1e6:.0f} MB, {descriptors.tolist()} descriptors, {threads.tolist()} threads")
+    record_property("reached", f"6 starts: {memory.min() / 1e6:.0f}-{memory.max() / 1e6:.0f} MB, {descriptors.tolist()} descriptors, {threads.tolist()} threads")
     assert memory[-1] - memory[1] < 10e6 and descriptors[-1] <= descriptors[1:3].max() + 8 and np.ptp(threads[1:]) <= 2      # the first start loads no checkpoint
     time.sleep(1)
     assert shared() <= before

@@ -69,7 +69,7 @@ def test_killed_at_one_point_after_another_a_run_ends_as_if_nothing_had_been(wor
 
 @pytest.mark.skipif(os.environ.get("FAILPOINTS") != "all", reason="`make torture` kills at all of them")
 @pytest.mark.parametrize("wish", POINTS)
-def test_killed_at_every_named_point_a_run_ends_as_if_nothing_had_been(world, whole, wish):
+def test_killed_at_every_named_point_a_run_ends_as_if_nothing_had_been(world, whole, wish, record_property):
     file, settings = config(world, wish.replace(":", "-"), **SHORT)
     out = Path(settings["output_dir"])
     if wish.startswith("aside"): assert failing(file, "seal.hashed:2").returncode == -signal.SIGKILL      # leaves one to be set aside
@@ -78,6 +78,7 @@ def test_killed_at_every_named_point_a_run_ends_as_if_nothing_had_been(world, wh
     assert done.returncode == -signal.SIGKILL, (wish, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
     assert not sealed or any(not fault(p) for p in checkpoints(out))
     ends_as_if_nothing_had_been(file, whole)
+    record_property("reached", f"a kill at a named point ({len(FAIL_POINTS)} points), then the same command: the same losses and bit-identical weights")
 
 
 # Rank 1 while it writes its part, while it hashes its files, when it is through; rank 0 before the manifest, after it, in the middle of the export.
@@ -86,7 +87,7 @@ CHAIN_OF_TWO = ["save.part:1::1", "seal.file:2::1", "seal.done:1::1", "seal.hash
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, zero", [(2, 3), (1, 2)])
-def test_one_of_two_ranks_killed_at_one_point_after_another_a_run_ends_as_if_nothing_had_been(world, stage, zero):
+def test_one_of_two_ranks_killed_at_one_point_after_another_a_run_ends_as_if_nothing_had_been(world, stage, zero, record_property):
     """A kill of one rank ends the other, wherever that is then; attention drops out."""
     of_stage = {"stage": 1, "template": "plain", "data_path": str(captions(world)), "image_aspect_ratio": "square", "projector_lr": None} if stage == 1 else {}
     changes = SHORT | {"gradient_accumulation_steps": 2, "zero": zero} | of_stage
@@ -97,6 +98,7 @@ def test_one_of_two_ranks_killed_at_one_point_after_another_a_run_ends_as_if_not
         assert done.returncode not in (0, 2, 4) and "done:" not in done.stdout, (wish, done.returncode, done.stdout[-2000:], done.stderr[-2000:])
     assert launch(file, 2) == steps and farthest(weights(out), weights(world / f"quiet_two{stage}")) == 0
     assert not fault(out) and not any(map(fault, checkpoints(out)))
+    record_property("reached", f"{len(CHAIN_OF_TWO)} kills of one of two ranks at named points (stage {stage}, ZeRO-{zero}): the same losses and bit-identical weights")
 
 
 # A save that fails
