@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,7 @@ def test_a_power_cut_at_any_moment_of_a_save_leaves_a_checkpoint_that_is_resumed
         if str(a) in files: files[str(b)] = True
         replace(a, b); cut(); kept.add(str(b)); cut(); kept.discard(str(b))      # a file system may keep a name sooner
     monkeypatch.setattr(os, "fsync", durable); monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(checkpoint, "ThreadPoolExecutor", lambda threads: ThreadPoolExecutor(1))      # one file after another, so that every moment is seen
     save(2)
     monkeypatch.undo()
     assert outcomes[0] == "checkpoint-1" and outcomes[-1] == "checkpoint-2" and len(outcomes) > 15
