@@ -1,9 +1,9 @@
 """What a checkpoint costs: writing it, making it durable, hashing it, and looking at it again before a run goes on.
 
-    python bench/seal.py                    SmolLM2-135M's shape, 1.6 GB, some two minutes
+    python bench/seal.py                    SmolLM2-135M's shape, 2.2 GB
     python bench/seal.py --layers 2         a smaller one
 
-One process, float32 weights and AdamW's two moments, through the functions that a run uses. Hashing is timed by sealing
+One process, float32 weights, their master copy and AdamW's two moments, through the functions that a run uses. Hashing is timed by sealing
 again, when everything is on the disk already; what the first seal takes beyond that is the disk's.
 """
 import os

@@ -363,7 +363,7 @@ class Demo:
         first = self._plan("stage1", lambda: {"stage1": max(4, int(60 * left(.8) * .28 / (seconds * STAGE1_COST)))})["stage1"]
         self._stage(layout, "stage1", f"stage 1, feature alignment: {first} steps of {BATCH[1]}, only the projector trains, ZeRO-2", STAGE1, max_steps=first)
         second = self._plan("stage2", lambda: {"stage2": max(4, int(60 * left(.4) / seconds))})["stage2"]
-        if second < ENOUGH: self.say(f"{second} steps of stage 2 are too few to learn to see: this machine needs --minutes {self.minutes + (ENOUGH - second) * seconds / 60 / .72:.0f}, and another --out")
+        if second < ENOUGH: self.say(f"{second} steps of stage 2 may be too few to learn to see; --minutes {self.minutes + (ENOUGH - second) * seconds / 60 / .72:.0f} and another --out give some {ENOUGH}")
         self._stage(layout, "stage2", f"stage 2, visual instruction tuning: {second} steps of {BATCH[2]}, projector and language model train, ZeRO-3", STAGE2, max_steps=second, projector=str(self.out / "stage1"))
         return {1: first, 2: second}
 
@@ -390,7 +390,7 @@ class Demo:
     def evaluation_minutes(self) -> float: return 1.8 * self.share
 
 STAGE1_COST = 0.17      # a step of stage 1 beside one of stage 2: shorter records, no gradient of the language model's weights
-ENOUGH = 150           # steps of stage 2: half as many saw nothing, 181 do (README)
+ENOUGH = 150           # steps of stage 2; 61 learned nothing, 181 do (README)
 
 # %% ../nbs/60_demo.ipynb #fec7b7ec
 def evaluate(
