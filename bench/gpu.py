@@ -3,6 +3,7 @@
     python bench/gpu.py                           7B where 16 bytes a parameter fit, else 1B; without a GPU a toy
     python bench/gpu.py --shape 1b --steps 40
     python bench/gpu.py --max-tokens 4096 --checkpointed 8      shorter rows, so that most layers keep their activations
+    python bench/gpu.py --variants ours --loss-kernel liger     the loss by liger-kernel; `bench/loss.py` times that alone
 
 Sought on an H200: padded takes 1.7 times as long, 55 % strict MFU on 7B and 40 % on 1B by the datasheet's rate, no waiting for data.
 
@@ -43,6 +44,7 @@ from step import VARIANTS       # which puts the repository on the path
 from plan import cpu_name       # noqa: I001
 
 from llava_nb.attention import BACKENDS, register_attention, use_attention
+from llava_nb.cross_entropy import LOSS_KERNELS, use_loss_kernel
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import freeze, llava_config, meta_llava, parts, prepare
 from llava_nb.masking import IGNORE_INDEX
@@ -256,6 +258,7 @@ def main() -> None:
     p.add_argument("--max-tokens", type=int, help="of a row, or of a padded batch with its padding; by default 16,384, of the toy 512")
     p.add_argument("--checkpointed", type=int, help="decoder layers that are computed again in the backward pass; by default all of 7B's, none of 1B's")
     p.add_argument("--attention", choices=("auto", *BACKENDS), default="auto", help="of packed rows")
+    p.add_argument("--loss-kernel", choices=LOSS_KERNELS, default="chunked", help="of packed rows")
     p.add_argument("--workers", type=int, default=8 if CUDA else 0, help="that prepare data")
     p.add_argument("--minutes", type=float, default=8.0, help="after so many, stop and print what there is")
     args, start = p.parse_args(), time.perf_counter()
@@ -265,7 +268,7 @@ def main() -> None:
     if CUDA and model_state(config) > .9 * room: p.error(f"{name} holds {model_state(config) / 1e9:.0f} GB before any activation, this GPU {room / 1e9:.0f} GB in all")
     checkpointed, max_tokens = shape.checkpointed if args.checkpointed is None else args.checkpointed, args.max_tokens or 16_384 // shape.shorter
     rates, model = device_rates(DEVICE, dtype), built(config, dtype, checkpointed)
-    backend = use_attention(model, args.attention, DEVICE, dtype)
+    backend = use_attention(model, args.attention, DEVICE, dtype); use_loss_kernel(model, args.loss_kernel, DEVICE, dtype)
     meter = Meter(shape_of(model), stage=2, ranks=1, rates=rates)
     with tempfile.TemporaryDirectory() as folder:
         mixture = Mixture(config, shape.shorter, picture(Path(folder)))
@@ -273,7 +276,7 @@ def main() -> None:
         found = rounds(model, steps, mixture.spread(args.steps), args.workers, start + 60 * args.minutes)
     found_table, size = table(found, steps, meter), sum(p.numel() for p in model.parameters())
     about = [f"{date.today():%d %B %Y}", torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads of {cpu_name()}", f"torch {torch.__version__}", f"transformers {transformers.__version__}",
-             f"`{' '.join(['python bench/gpu.py', *sys.argv[1:]])}`", f"{name} ({size / 1e6:,.1f}M parameters, {str(dtype).removeprefix('torch.')})", f"attention {backend}",
+             f"`{' '.join(['python bench/gpu.py', *sys.argv[1:]])}`", f"{name} ({size / 1e6:,.1f}M parameters, {str(dtype).removeprefix('torch.')})", f"attention {backend}", f"loss {args.loss_kernel}",
              f"{checkpointed} layers checkpointed", f"at most {max_tokens:,} tokens a micro-step", f"{min(map(len, found.values()))} steps of {BATCH} records",
              *(f"{n} {r / 1e12:,.2f} TFLOP/s" for n, r in rates.items()), f"{(time.perf_counter() - start) / 60:.1f} min"]
     print(", ".join(about), found_table, sep="\n\n")

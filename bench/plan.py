@@ -8,9 +8,6 @@ The numbers of records per source are the published ones. No length histogram is
 lengths are modelled: every record of a source draws its turns and its tokens from gamma
 distributions around the source's style, text-only ShareGPT from a log-normal one.
 """
-import os
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # one core, before numpy and torch start their pools
-
 import argparse
 import platform
 import statistics

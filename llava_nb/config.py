@@ -29,6 +29,7 @@ class ModelConfig:
     vision_feature_layer: int = _setting(-2, "Which hidden state of the tower gives the features.")
     vision_feature_select_strategy: str = _setting("default", "'default' drops the class token, 'full' keeps every feature.")
     attention: str = _setting("auto", "Kernel of the packed rows: 'varlen', 'flash', 'flex', 'sdpa', or 'auto': the first that proves itself on the device.")
+    loss_kernel: str = _setting("chunked", "What computes logits and loss at learned tokens: 'chunked', or 'liger' (package liger-kernel, on a GPU) where `bench/loss.py` finds it faster.")
 
 @dataclass
 class DataConfig:

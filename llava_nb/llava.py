@@ -203,7 +203,7 @@ def set_recompute(
     enable({"use_reentrant": False} | contexts)
 
 def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
-    name = str(op).split(".")[1]                     # aten.mm.default
+    name = op.name().split("::")[-1].split(".")[0]       # aten::mm, aten::addmm.out, flex_attention
     return CheckpointPolicy.MUST_SAVE if name.endswith("mm") or "attention" in name or "attn" in name else CheckpointPolicy.PREFER_RECOMPUTE
 
 # %% ../nbs/21_llava.ipynb #40607367

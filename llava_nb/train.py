@@ -36,6 +36,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import llava_nb.attention as attention
+import llava_nb.cross_entropy as cross_entropy
 import llava_nb.checkpoint as checkpoint
 import llava_nb.config as config
 import llava_nb.convert as convert
@@ -96,7 +97,7 @@ def check_training(
     def refuse(when: bool, message: str):
         if when: raise ValueError(message)
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("recompute", args.recompute, llava.RECOMPUTE), ("attention", run.model.attention, ("auto", *attention.BACKENDS)), ("zero", args.zero, (0, 1, 2, 3)),
+    for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("recompute", args.recompute, llava.RECOMPUTE), ("attention", run.model.attention, ("auto", *attention.BACKENDS)), ("loss_kernel", run.model.loss_kernel, tuple(cross_entropy.LOSS_KERNELS)), ("zero", args.zero, (0, 1, 2, 3)),
                                ("eval_strategy", evaluates, ("no", "steps", "epoch"))):
         refuse(value is not None and value not in known, f"{name} {value!r} is unknown; use one of {', '.join(map(str, known))}")
     for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("max_tokens", args.max_tokens), ("threads", run.run.threads)):
@@ -304,7 +305,8 @@ def load_model(
     llava.freeze(model, args.stage)
     if run.model.projector not in (None, "random"): llava.load_projector(model, run.model.projector)
     used = attention.use_attention(model, run.model.attention, args.device, autocast)
-    if args.process_index == 0: print(f"attention: {used}" + (" (auto)" if run.model.attention == "auto" else ""), flush=True)
+    cross_entropy.use_loss_kernel(model, run.model.loss_kernel, args.device, autocast)
+    if args.process_index == 0: print(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}", flush=True)
     model.config.llava_nb |= {"template": run.data.template, "image_aspect_ratio": run.data.image_aspect_ratio}
     return model
 
@@ -386,6 +388,16 @@ def hold(
     error = zero.from_all_ranks(told)[0]
     if error: raise error
 
+# %% ../nbs/90_train.ipynb #74384447
+def _not_begun(number: int, frame) -> NoReturn:
+    os.write(2, f"llava_nb: {signal.Signals(number).name} outside of training; the same command does it again\n".encode())      # print might be what was interrupted
+    watch.end(guard.STOPPED, zero.rank())
+
+def _deaf() -> None:
+    "All is on the disk: a signal now must not turn a finished run into one to be done again. Where `program` did not set the handlers, they stay."
+    for s in guard.Guard.signals:
+        if signal.getsignal(s) is _not_begun: signal.signal(s, signal.SIG_IGN)
+
 # %% ../nbs/90_train.ipynb #68877592
 def execute(
     run: Run,
@@ -398,6 +410,7 @@ def execute(
             result = t.train(resume_from_checkpoint=run.run.resume)
             if not t.guard.stopped: t.export()
             elif t.sealed < t.state.global_step: raise storage.StorageFailed("a signal asked for a checkpoint and it could not be saved")
+        _deaf()
     except guard.NotFinite: return _refused(t)
     except storage.NoCheckpoint as e:
         if lead: print(f"llava_nb: {e}", file=sys.stderr, flush=True)
@@ -629,9 +642,5 @@ def program() -> NoReturn:
     "The command `llava_nb`: `main`, then out. A signal before the first step ends it at once: nothing is lost."
     for s in guard.Guard.signals: signal.signal(s, _not_begun)
     zero.leave(watch.note(main(), zero.rank()))
-
-def _not_begun(number: int, frame) -> NoReturn:
-    os.write(2, f"llava_nb: {signal.Signals(number).name} outside of training; the same command does it again\n".encode())      # print might be what was interrupted
-    watch.end(guard.STOPPED, zero.rank())
 
 if __name__ == "__main__" and "__file__" in globals(): program()

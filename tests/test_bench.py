@@ -1,4 +1,4 @@
-"""bench/gpu.py at toy size, so that it works the day there is a GPU. Nothing here depends on how fast it runs."""
+"""bench/gpu.py and bench/loss.py at toy size, so that they work the day there is a GPU. Nothing here depends on how fast they run."""
 import os
 import subprocess
 import sys
@@ -15,12 +15,15 @@ def rows(markdown: str) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(cells[0], row)) for row in cells[2:]}
 
 
-@pytest.fixture(scope="module")
-def table():
+def printed(script: str, *flags: str) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, ROOT / "bench" / "gpu.py", "--shape", "toy", "--steps", "2"], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, ROOT / "bench" / script, *flags], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    return rows(done.stdout)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def table(): return rows(printed("gpu.py", "--shape", "toy", "--steps", "2"))
 
 
 def test_every_variant_has_its_row(table):
@@ -33,3 +36,10 @@ def test_the_variants_losses_are_equal(table):
     losses = [float(row["loss"]) for row in table.values()]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-4) and 5 < losses[0] < 15        # random weights: near log(32,064)
     assert all(float(row["losses apart"]) < 1e-4 for row in table.values())
+
+
+def test_every_loss_that_runs_here_is_timed_and_gives_the_same():
+    said = printed("loss.py", "--positions", "64", "--rows", "500", "--width", "32", "--repeats", "1", "--rounds", "1")
+    found = rows(said)
+    assert {"chunked", "all logits"} <= set(found) and ("liger" in found or "\nliger: " in said)
+    for row in found.values(): assert float(row["forward and backward"].removesuffix(" ms").replace(",", "")) > 0 and float(row["losses apart"]) < 1e-5

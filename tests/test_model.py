@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil,
 
 from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.checkpoint import save_llava, save_projector
-from llava_nb.cross_entropy import chunked_cross_entropy, text_logits, weighted_cross_entropy
+from llava_nb.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection, text_logits, use_loss_kernel, weighted_cross_entropy
 from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, load_tower, parts, projector_state, tiny_llava, unused_layers
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
@@ -104,6 +104,23 @@ def test_a_kernel_that_does_not_prove_itself_is_not_taken(monkeypatch):
     with pytest.raises(ValueError, match=r"does not run here \(ZeroDivisionError"): choose_attention("varlen", "cpu", torch.float32)
     monkeypatch.setitem(BACKENDS, "varlen", BACKENDS["sdpa"])
     assert choose_attention("varlen", "cpu", torch.float32) == "varlen"
+
+
+def test_a_loss_kernel_that_does_not_prove_itself_is_not_taken(monkeypatch):
+    model = tiny_llava(tiny_tokenizer()); freeze(model, 2)
+    with pytest.raises(ValueError, match="loss_kernel 'warp' is unknown; use chunked, liger"): use_loss_kernel(model, "warp", "cpu", torch.float32)
+    with pytest.raises(ValueError, match="'liger' cannot be used on cpu in torch.float32: .*; 'chunked' runs everywhere"): use_loss_kernel(model, "liger", "cpu", torch.float32)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)      # as if it were installed
+    chunked = LOSS_KERNELS["chunked"]
+    monkeypatch.setitem(LOSS_KERNELS, "liger", lambda hidden, rows, bias, targets, weights, *rest: chunked(hidden, rows, bias, targets, torch.ones_like(weights), *rest))
+    assert loss_objection("liger", "cpu", torch.float32).startswith("it differs from chunked by")
+    monkeypatch.setitem(LOSS_KERNELS, "liger", lambda *given: 1 / 0)
+    assert "does not run here (ZeroDivisionError" in loss_objection("liger", "cpu", torch.float32)
+    def counted(*given): calls.append(1); return chunked(*given)
+    monkeypatch.setitem(LOSS_KERNELS, "liger", counted)
+    expected, calls = loss_and_gradients(model, row_loss, collate_packed(samples(model), SHAPE)), []
+    use_loss_kernel(model, "liger", "cpu", torch.float32); calls.clear()
+    assert_equal(loss_and_gradients(model, row_loss, collate_packed(samples(model), SHAPE)), expected); assert calls == [1]
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -211,7 +228,7 @@ def test_every_trainable_parameter_is_in_exactly_one_group(projector_lr, expecte
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_chunked_cross_entropy_equals_the_logits(bias):
+def test_linear_cross_entropy_equals_the_logits(bias):
     """Loss and every gradient, over chunks that do not divide the positions, with `<image>` inside the vocabulary and beyond it."""
     torch.manual_seed(0)
     for image_token_id in (17, 36):
@@ -220,31 +237,31 @@ def test_chunked_cross_entropy_equals_the_logits(bias):
         targets, weights = torch.randint(0, 16, (53,)), torch.rand(53)
         with_gradient = [t for t in (hidden, weight, b) if t is not None]
         whole = weighted_cross_entropy(text_logits(torch.nn.functional.linear(hidden, weight, b), 37, image_token_id), targets, weights)
-        chunked = chunked_cross_entropy(hidden, weight, b, targets, weights, 37, image_token_id, chunk=10)
+        chunked = linear_cross_entropy(hidden, weight, b, targets, weights, 37, image_token_id, chunk=10)
         assert torch.allclose(whole, chunked)
         for a, c in zip(torch.autograd.grad(2 * whole, with_gradient), torch.autograd.grad(2 * chunked, with_gradient)): assert torch.allclose(a, c, atol=1e-5)
 
 
-def test_chunked_cross_entropy_computes_no_gradient_that_nobody_asked_for():
+def test_linear_cross_entropy_computes_no_gradient_that_nobody_asked_for():
     """A frozen head (stage 1) gets none; without any (evaluation) there is only the loss; an empty row is an exact zero."""
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8)
-    chunked_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).backward()
+    linear_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).backward()
     assert hidden.grad.abs().sum() > 0 and weight.grad is None
     weight.requires_grad_()
-    with torch.no_grad(), torch.profiler.profile() as profile: assert not chunked_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).requires_grad
+    with torch.no_grad(), torch.profiler.profile() as profile: assert not linear_cross_entropy(hidden, weight, None, torch.arange(5), torch.rand(5), 12, 12).requires_grad
     assert sum(e.count for e in profile.key_averages() if e.key == "aten::mm") == 1       # the logits, and neither gradient
-    loss = chunked_cross_entropy(hidden[:0], weight, None, torch.arange(0), torch.rand(0), 12, 12)
+    loss = linear_cross_entropy(hidden[:0], weight, None, torch.arange(0), torch.rand(0), 12, 12)
     loss.backward()
     assert loss == 0 and weight.grad.abs().sum() == 0
 
 
-def test_chunked_cross_entropy_in_bf16_sums_in_float32():
+def test_linear_cross_entropy_in_bf16_sums_in_float32():
     torch.manual_seed(0)
     hidden, weight = torch.randn(4096, 32, dtype=torch.bfloat16), torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
     targets, weights = torch.randint(0, 64, (4096,)), torch.full((4096,), 1 / 4096)
     exact = weight.detach().float().requires_grad_()
     weighted_cross_entropy(hidden.float() @ exact.T, targets, weights).backward()
-    chunked_cross_entropy(hidden, weight, None, targets, weights, 64, 64, chunk=64).backward()
+    linear_cross_entropy(hidden, weight, None, targets, weights, 64, 64, chunk=64).backward()
     assert (weight.grad.float() - exact.grad).abs().max() < .01 * exact.grad.abs().max()
 
 

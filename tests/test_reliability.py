@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import TIMEOUT, command, config, farthest, launch, losses, make_world, run, started, weights
+from runs import ROOT, TIMEOUT, command, config, farthest, launch, losses, make_world, run, started, weights
 
 from llava_nb.checkpoint import MANIFEST, checkpoints, fault, resolve_resume, rotate, seal
 from llava_nb.storage import NoCheckpoint, note
@@ -130,6 +130,15 @@ def test_a_signal_at_any_instant_ends_a_run_with_75_and_nothing_is_lost(world, w
         assert (ends[-1] == 0) == ("done:" in said), said
         assert launch(file, 0) == whole[0] and farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
     record_property("reached", f"{len(ends)} signals at random instants: {ends.count(75)} runs stopped with code 75, {ends.count(0)} had just ended; all went on to bit-identical weights")
+
+
+def test_a_signal_after_the_result_is_on_the_disk_leaves_the_run_finished(world, whole):
+    file, settings = config(world, "late", gradient_accumulation_steps=4)
+    late = "import os, signal, sys, llava_nb.train as train; sys.argv[0] = 'train.py'; said = train.summary; train.summary = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), said(*a))[1]; train.program()"
+    how = command(file, 0); how["args"] = [how["args"][0], "-c", late, str(file)]; how["env"] |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
+    done = subprocess.run(**how, capture_output=True, timeout=TIMEOUT)
+    assert done.returncode == 0 and "done: 20 steps" in done.stdout, done.stdout + done.stderr
+    assert farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_as_if_nothing_had_been(world):

@@ -1,0 +1,100 @@
+"""Attention's GPU kernels, as far as a CPU can tell: their own interfaces run, forward and backward, with dense arithmetic for CUDA (`stand_ins.stood_in`)."""
+import os
+import subprocess
+import sys
+import venv
+
+import pytest
+import torch
+from stand_ins import CALLS, stood_in
+from runs import ROOT, TIMEOUT, config, launch, make_world
+from test_model import SHAPE, assert_equal, loss_and_gradients, samples
+from torch._dynamo.utils import counters
+
+from llava_nb.attention import BACKENDS, objection, record_lengths, use_attention
+from llava_nb.llava import RECOMPUTE, freeze, set_recompute, tiny_llava
+from llava_nb.masking import tiny_tokenizer
+from llava_nb.objective import row_loss
+from llava_nb.packing import collate_packed
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run, in test_model")
+GPU_KERNELS = [b for b in BACKENDS if b != "sdpa"]
+
+
+@pytest.fixture(autouse=True)
+def kernels():
+    with stood_in(): yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_llava(tiny_tokenizer()); freeze(model, 2)
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    use_attention(model, "sdpa", "cpu", torch.float32); set_recompute(model, "none")
+    return loss_and_gradients(model, row_loss, collate_packed(samples(model, 4), SHAPE))
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 16)], ids=["as many keys", "shared keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_a_kernel_agrees_with_sdpa_forward_and_backward(backend, heads, dtype):
+    assert not objection(backend, "cpu", dtype, heads, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+@pytest.mark.parametrize("how", RECOMPUTE)
+def test_a_row_has_the_same_loss_and_gradients_with_every_kernel_and_recomputation(model, expected, backend, how):
+    assert use_attention(model, backend, "cpu", torch.float32) == backend
+    set_recompute(model, how); CALLS.clear()
+    assert_equal(loss_and_gradients(model, row_loss, collate_packed(samples(model, 4), SHAPE)), expected)
+    if backend != "flex": assert dict(CALLS) == {"forward": 4 if how == "full" else 2, "backward": 2}      # two layers; "cheap" keeps what attention gave
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_a_record_does_not_see_the_others(model, backend):
+    use_attention(model, backend, "cpu", torch.float32); set_recompute(model, "none")
+    row = collate_packed(samples(model, 4), SHAPE)
+    lengths = record_lengths(row["position_ids"])
+    other = row["input_ids"].clone()
+    own = torch.arange(other.shape[1]) >= sum(lengths[:3])
+    other[0, own & (other[0] != model.config.image_token_id)] = 7
+    with torch.no_grad(): before, after = (model(input_ids=ids, position_ids=row["position_ids"], pixel_values=row["pixel_values"], use_cache=False).logits[0].split(lengths) for ids in (row["input_ids"], other))
+    assert [torch.equal(a, b) for a, b in zip(before, after)] == [True] * 3 + [False]
+
+
+def test_rows_of_other_lengths_and_records_do_not_compile_flex_again(model):
+    use_attention(model, "flex", "cpu", torch.float32); set_recompute(model, "none")
+    torch._dynamo.reset(); counters.clear()
+    graphs = []
+    for seed in range(8):
+        pool = [samples(model, 6)[k] for k in torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:2 + seed % 4]]
+        loss_and_gradients(model, row_loss, collate_packed(pool, SHAPE)); graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[3] <= 4, graphs      # two functions; rows of one block are a second shape to it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["varlen", "flash"])
+def test_two_ranks_train_through_zero_3_with_a_gpu_kernel(backend, tmp_path, monkeypatch):
+    world, settings = make_world(tmp_path), {"zero": 3, "max_steps": 6, "recompute": "cheap"}
+    expected = launch(config(world, "sdpa", attention="sdpa", **settings)[0], 2)
+    hook = tmp_path / "hook"; hook.mkdir()
+    (hook / "sitecustomize.py").write_text(f"import runpy, sys\nrunpy.run_path({str(ROOT / 'tests' / 'no_network' / 'sitecustomize.py')!r})\n"
+                                           f"if any(a.endswith('train.py') for a in sys.orig_argv):\n    sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n    import stand_ins; kept = stand_ins.stood_in(); kept.__enter__()\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), os.environ["PYTHONPATH"]]))
+    assert launch(config(world, backend, attention=backend, **settings)[0], 2) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_ligers_fused_loss_agrees_in_tritons_interpreter(tmp_path):
+    "In an environment of its own, over this one: the two packages are large, and Triton in this one would change what transformers imports."
+    venv.create(tmp_path / "env")
+    (packages,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    (packages / "base.pth").write_text(next(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}      # which takes the network away
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", packages, "-c", ROOT / "constraints.txt", "liger-kernel", "triton"], env=env, check=True, timeout=TIMEOUT)
+    done = subprocess.run([tmp_path / "env" / "bin" / "python", ROOT / "tests" / "liger_agrees.py"], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=TIMEOUT)
+    assert done.stdout.endswith("agrees\n"), done.stderr[-3000:]
