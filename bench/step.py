@@ -3,10 +3,10 @@
     python bench/step.py                # some minutes on two cores
     python bench/step.py --reference    # LLaVA's code too, in an environment that it makes in bench/.venv (or --reference FOLDER)
     python bench/step.py --steps 10     # closer to an epoch's mean
-    python bench/step.py --reference --float32 --layers 2 --steps 1 --repeat 1     # are the losses equal without bf16's rounding?
+    python bench/step.py --precision bf16       # or float32; without this, the faster of the two on this machine
 
 All train on the same records: the micro-batches of 16 that LLaVA's grouping draws from the modelled mixture, lengths divided
-by 8, with a language model of SmolLM2-135M's shape (random weights), a small CLIP, bf16 autocast and AdamW.
+by 8, with a language model of SmolLM2-135M's shape (random weights), a small CLIP and AdamW, in float32 or with bf16 autocast.
 
     ours        one packed row, attention per record, loss in chunks at learned positions
     padded      the same code on the padded batch, as the reference lays it out: all logits, then the learned ones
@@ -143,7 +143,7 @@ def run(args) -> dict:
     for step in range(args.steps + 1):
         samples = drawn[step] if drawn else records(model, step)
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32): loss, computed = reference_loss(model, samples) if drawn else loss_of(args.variant, model, samples)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16"): loss, computed = reference_loss(model, samples) if drawn else loss_of(args.variant, model, samples)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
         if not step: continue
         times.append(time.perf_counter() - start); losses.append(float(loss.detach())); positions.append(computed)
@@ -179,7 +179,7 @@ def report(found: dict[str, list[dict]], args) -> None:
     """The table."""
     speed = {v: statistics.median(s for r in rs for s in r["speeds"]) for v, rs in found.items()}
     memory = {v: statistics.median(r["peak_mb"] for r in rs) for v, rs in found.items()}
-    print(f"{platform.machine()}, {platform.system()}, {args.repeat} runs of {args.steps} steps each; " + "; ".join(sorted({f"torch {r['torch']}, {r['threads']} threads" for rs in found.values() for r in rs})))
+    print(f"{platform.machine()}, {platform.system()}, {args.precision}, {args.repeat} runs of {args.steps} steps each; " + "; ".join(sorted({f"torch {r['torch']}, {r['threads']} threads" for rs in found.values() for r in rs})))
     print(f"{'':10}{'real tokens/s':>15}{'ours faster':>13}{'peak memory':>14}{'of ours':>9}{'padding':>9}{'losses apart':>14}")
     for v in found:
         apart = max(abs(a - b) for a, b in zip(found[v][0]["losses"], found["ours"][0]["losses"]))
@@ -190,11 +190,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3); parser.add_argument("--repeat", type=int, default=2); parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--reference", type=Path, nargs="?", const=Path(__file__).parent / ".venv", metavar="FOLDER", help="LLaVA's own code too, in this environment")
-    parser.add_argument("--float32", action="store_true", help="no autocast: slower, and the losses agree")
+    parser.add_argument("--precision", choices=("bf16", "float32"), help="bf16: autocast; float32: losses agree to its rounding")
     parser.add_argument("--variant", choices=(*VARIANTS, REFERENCE, "write"), help=argparse.SUPPRESS); parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.variant == "write": return print(json.dumps(write_reference(model_of_smollm2_shape(args.layers), args.folder, args.steps)))
     if args.variant: return print(json.dumps(run(args)))
+    if not args.precision:
+        from llava_nb.meter import bf16_is_faster
+        args.precision = "bf16" if bf16_is_faster("cpu") else "float32"
+        sys.argv += ["--precision", args.precision]
     pythons = dict.fromkeys(VARIANTS, sys.executable)
     if args.reference and (python := reference_python(args.reference.absolute())): pythons[REFERENCE] = python
     with tempfile.TemporaryDirectory() as folder:

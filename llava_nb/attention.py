@@ -7,6 +7,7 @@ __all__ = ['BACKENDS', 'record_lengths', 'packed_attention', 'packed_row_mask', 
            'choose_attention', 'use_attention']
 
 # %% ../nbs/17_attention.ipynb #7b3189b1
+import contextlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache, partial
@@ -31,8 +32,11 @@ def record_lengths(
 
 # %% ../nbs/17_attention.ipynb #2757ca82
 def _sdpa(module, query, key, value, position_ids, **kwargs):
-    parts = (t.split(record_lengths(position_ids), 2) for t in (query, key, value))
-    return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*parts)], dim=1)
+    device, given = query.device.type, (query, key, value)
+    if device == "cpu": given = (t.float() for t in given)      # there, torch's backward pass over a short record takes up to five times as long in bf16
+    parts = (t.split(record_lengths(position_ids), 2) for t in given)
+    with torch.autocast(device, enabled=False) if device == "cpu" else contextlib.nullcontext():
+        return torch.cat([sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in zip(*parts)], dim=1).to(query.dtype)
 
 def _ends(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     "Where records begin and the last ends, int32 on the device; and the longest."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'UNSEEN_STYLE', 'GROUPS', 'HUES', 'UNSEEN_STYLE_TYPES', 'UNSEEN_THING_TYPES', 'STAGE1', 'STAGE2', 'COMMON',
-           'BATCH', 'STAGE1_COST', 'ENOUGH', 'CHAT', 'Thing', 'Emoji', 'choose', 'colour_of', 'several', 'side_by_side',
+           'BATCH', 'LEAST', 'STAGE1_COST', 'CHAT', 'Thing', 'Emoji', 'choose', 'colour_of', 'several', 'side_by_side',
            'question', 'Asker', 'Writer', 'build_data', 'language_model_from_wheel', 'tower_from_wheel', 'Layout',
            'layouts', 'TrainingEnded', 'launch', 'Demo', 'evaluate', 'page', 'chat', 'main']
 
@@ -15,7 +15,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 import zipfile
@@ -36,11 +35,12 @@ from . import efficientnet, evals
 from .chat import Chat
 from .checkpoint import MANIFEST, checkpoints, fault
 from .imageproc import ImageTransform
+from .launch import Launch
 from .llava import load_llava
+from .meter import bf16_is_faster
 from .conversation import get_template
 from .storage import write_durably
 from .vision import image_processor_for
-from .zero import free_port
 
 # %% ../nbs/60_demo.ipynb #71ef8852
 STYLES, UNSEEN_STYLE = ("noto", "twemoji", "openmoji"), "fluent"
@@ -269,7 +269,7 @@ def tower_from_wheel(
 # %% ../nbs/60_demo.ipynb #4012b145
 STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 2e-3, "warmup_steps": 0.05}
 STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 2e-4, "projector_lr": 5e-4, "warmup_steps": 0.05}
-COMMON = {"bf16": True, "max_grad_norm": 1.0, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0, "model_max_length": 512, "seed": 42, "num_train_epochs": 1000,
+COMMON = {"max_grad_norm": 1.0, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0, "model_max_length": 512, "seed": 42, "num_train_epochs": 1000,
           "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
 BATCH = {1: 4, 2: 8}     # records a step, by stage
 
@@ -278,12 +278,14 @@ class Layout:
     "How a machine is used."
     ranks: int
     threads: int     # of each rank, on a CPU
+    bf16: bool       # or float32
 
 def layouts() -> list[Layout]:
     "What a trial may choose from."
-    if torch.cuda.is_available(): return [Layout(min(torch.cuda.device_count(), BATCH[1]), 4)]
+    if torch.cuda.is_available(): return [Layout(min(torch.cuda.device_count(), BATCH[1]), 4, True)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [Layout(1, cores)] + ([Layout(cores, 1)] if cores in (2, 4) else [])
+    bf16 = bf16_is_faster("cpu")
+    return [Layout(1, cores, bf16)] + ([Layout(cores, 1, bf16)] if cores in (2, 4) else [])
 
 class TrainingEnded(RuntimeError):
     "A stage that did not come to its end."
@@ -298,31 +300,34 @@ def launch(
     "Train one stage by `deepspeed llava_nb/train.py CONFIG.json`."
     out.mkdir(parents=True, exist_ok=True)
     file = out / "train.json"
-    settings = settings | {"output_dir": str(out), "per_device_train_batch_size": BATCH[settings["stage"]] // layout.ranks}
+    settings = settings | {"output_dir": str(out), "per_device_train_batch_size": BATCH[settings["stage"]] // layout.ranks, "bf16": layout.bf16}
+    env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1"}      # the last: torch takes memory in large pages, fewer page faults on a CPU
     if not torch.cuda.is_available(): settings["threads"] = layout.threads
     if quiet: settings["disable_tqdm"] = True
     file.write_text(json.dumps(settings, indent=2))
-    train, bin_dir = Path(__file__).parent / "train.py", Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{bin_dir}:{os.environ.get('PATH', '')}", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
-           "THP_MEM_ALLOC_ENABLE": "1"}      # torch then takes memory in large pages: fewer page faults on a CPU
-    if not torch.cuda.is_available(): env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(layout.threads)}
-    with open(out / "output.log", "w") as log:
-        done = subprocess.run([str(bin_dir / "deepspeed"), "--num_gpus", str(layout.ranks), "--master_port", str(free_port()), str(train), str(file)], env=env, **({"stdout": log, "stderr": log} if quiet else {}))
-    if done.returncode: raise TrainingEnded(done.returncode, f"training in {out} ended with code {done.returncode}" + (f"; see {out / 'output.log'}" if quiet else ""))
+    if not torch.cuda.is_available(): env["OMP_NUM_THREADS"] = str(layout.threads)
+    with open(out / "output.log", "w") as log, Launch() as run: code = run.once([str(file)], layout.ranks, env, log if quiet else None)
+    if code: raise TrainingEnded(code, f"training in {out} ended with code {code}" + (f"; see {out / 'output.log'}" if quiet else ""))
     return [h for h in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in h]
 
 # %% ../nbs/60_demo.ipynb #c2f2419f
+LEAST = 150      # steps of stage 2; 61 learned nothing (README)
+
 class Demo:
     "The demonstration, step by step; each leaves its result in the folder."
     def __init__(self,
         out: str | Path = "runs/demo", # everything lies here
-        minutes: float = 20.0, # for all of it
+        minutes: float = 20.0, # for all of it, where that is enough for the least
+        least: int = LEAST, # steps of stage 2
         things: int = 100, # to learn
         share: float = 1.0, # of the held-out questions
         say: Callable[[str], None] = lambda text: print(text, flush=True),
     ):
-        self.out, self.minutes, self.things, self.share, self.begun = Path(out), minutes, things, share, time.monotonic()
-        self.say = lambda text: say(f"[{(time.monotonic() - self.begun) / 60:4.1f} min] {text}")
+        self.out, self.minutes, self.least, self.things, self.share, self.begun = Path(out), minutes, least, things, share, time.monotonic()
+        self.say = lambda text: say(f"[{self.gone():4.1f} min] {text}")
+
+    def gone(self) -> float: # minutes
+        return (time.monotonic() - self.begun) / 60
 
     def prepare(self) -> None:
         "Parts and data, unless they are there."
@@ -346,7 +351,7 @@ class Demo:
             log = launch(self.out / "trial", layout, self._settings(STAGE2, projector="random", max_steps=3, save_strategy="no"), quiet=True)
             tokens = [h["tokens_per_second"] for h in log[1:]]
             found.append((layout, float(np.median(tokens))))
-            self.say(f"trial: {layout.ranks} rank(s) x {layout.threads} thread(s): {found[-1][1]:,.0f} tokens/s")
+            self.say(f"trial: {layout.ranks} rank(s) x {layout.threads} thread(s), {'bf16' if layout.bf16 else 'float32'}: {found[-1][1]:,.0f} tokens/s")
         layout, speed = max(found, key=lambda f: f[1])
         return layout, 1.1 * self._tokens_a_step() / speed      # a run of minutes is slower than three steps
 
@@ -356,14 +361,15 @@ class Demo:
         return BATCH[2] * tokens / records
 
     def train(self) -> dict[str, int]: # steps of each stage
-        "Both stages, in the minutes that are left after what comes before and after them. What an earlier start has planned and done stays."
+        "Both stages, in the minutes that are left after what comes before and after them, or as long as the least takes. What an earlier start has planned and done stays."
         plan = self._planned() or self._plan("layout", lambda: dict(zip(("layout", "seconds"), self.trial())))
         layout, seconds = Layout(**plan["layout"]), plan["seconds"]
-        left = lambda reserve: self.minutes - (time.monotonic() - self.begun) / 60 - self.evaluation_minutes - reserve
-        first = self._plan("stage1", lambda: {"stage1": max(4, int(60 * left(.8) * .28 / (seconds * STAGE1_COST)))})["stage1"]
+        needed = self.gone() + self.least * seconds * (1 + 2 * STAGE1_COST) / 60 + self.evaluation_minutes
+        if needed > self.minutes + 1: self.say(f"this machine needs some {needed:.0f} minutes: fewer than {self.least} steps of stage 2 have not learned to see")
+        left = lambda reserve: 60 * (self.minutes - self.gone() - self.evaluation_minutes - reserve)      # seconds
+        first = self._plan("stage1", lambda: {"stage1": max(2 * self.least, int(left(.8) * .28 / (seconds * STAGE1_COST)))})["stage1"]
         self._stage(layout, "stage1", f"stage 1, feature alignment: {first} steps of {BATCH[1]}, only the projector trains, ZeRO-2", STAGE1, max_steps=first)
-        second = self._plan("stage2", lambda: {"stage2": max(4, int(60 * left(.4) / seconds))})["stage2"]
-        if second < ENOUGH: self.say(f"{second} steps of stage 2 may be too few to learn to see; --minutes {self.minutes + (ENOUGH - second) * seconds / 60 / .72:.0f} and another --out give some {ENOUGH}")
+        second = self._plan("stage2", lambda: {"stage2": max(self.least, int(left(.4) / seconds))})["stage2"]
         self._stage(layout, "stage2", f"stage 2, visual instruction tuning: {second} steps of {BATCH[2]}, projector and language model train, ZeRO-3", STAGE2, max_steps=second, projector=str(self.out / "stage1"))
         return {1: first, 2: second}
 
@@ -390,7 +396,6 @@ class Demo:
     def evaluation_minutes(self) -> float: return 1.8 * self.share
 
 STAGE1_COST = 0.17      # a step of stage 1 beside one of stage 2: shorter records, no gradient of the language model's weights
-ENOUGH = 150           # steps of stage 2; 61 learned nothing, 181 do (README)
 
 # %% ../nbs/60_demo.ipynb #fec7b7ec
 def evaluate(
@@ -468,10 +473,10 @@ def main(
 ) -> int: # exit code
     "Run the demonstration from the parts to the chat."
     p = argparse.ArgumentParser(prog="python -m llava_nb.demo", description="Train LLaVA on real pictures in a budget of minutes, evaluate it, chat with it.")
-    p.add_argument("--out", default="runs/demo"); p.add_argument("--minutes", type=float, default=20, help="for everything, on a quiet machine")
+    p.add_argument("--out", default="runs/demo"); p.add_argument("--minutes", type=float, default=20, help="for everything, on a quiet machine; a slow one takes longer, and says so")
     p.add_argument("--things", type=int, default=100, help="how many things to learn"); p.add_argument("--fast", action="store_true", help="a smoke test: a few steps, few questions")
     args = p.parse_args(argv)
-    demo = Demo(args.out, 1.0 if args.fast else args.minutes, 20 if args.fast else args.things, .05 if args.fast else 1.0)
+    demo = Demo(args.out, **dict(minutes=1.0, least=4, things=20, share=.05) if args.fast else dict(minutes=args.minutes, things=args.things))
     if (demo.out / "results.json").is_file():
         print(f"{demo.out} holds a finished run; remove it to run again\n\n{(demo.out / 'table.txt').read_text()}")
         return 0
@@ -482,7 +487,7 @@ def main(
         return e.code
     scores = evaluate(demo)
     talk = chat(demo)
-    minutes = (time.monotonic() - demo.begun) / 60
+    minutes = demo.gone()
     (demo.out / "table.txt").write_text(evals.as_text(scores) + "\n")
     (demo.out / "results.json").write_text(json.dumps({"minutes": round(minutes, 1), "things": demo.things, "steps": steps, "scores": [asdict(s) for s in scores], "chat": talk}, indent=1))
     print("\n" + evals.as_text(scores) + "\n\n" + "\n".join(f"> {q}\n{a}" for q, a in talk))

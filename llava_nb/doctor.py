@@ -25,7 +25,7 @@ import numpy as np
 from .conversation import normalise
 from .imageproc import oddities, open_image, scale
 from .masking import IGNORE_INDEX
-from .records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, raw_rows
+from .records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, raw_rows, with_findings, with_pictures
 from .viz import token_strip
 
 # %% ../nbs/34_doctor.ipynb #b0c8108c
@@ -85,7 +85,7 @@ class Findings:
     good = property(lambda self: sum(c["good"] for c in self.sources.values()))
 
     def add(self,
-        records: Records, # see `Records.with_pictures`
+        records: Records, # see `with_pictures`
         source: Folder | None, # or shards; where their pictures come from
         deep: bool = False, # see `look`
         threads: int = 16, # a disk answers many at once

@@ -16,6 +16,7 @@ import tempfile
 import threading
 from importlib.resources import files
 from pathlib import Path
+from typing import IO
 
 import psutil
 import torch
@@ -61,10 +62,17 @@ def _ranks(process: subprocess.Popen) -> list[psutil.Process]:
     return [p for p in below if any(w.endswith("train.py") for w in p.cmdline()[:4]) and any(w.startswith("--local_rank") for w in p.cmdline())]
 
 class Launch:
-    "One run after another, and the signals for them."
+    "One run after another; inside `with`, signals go to the ranks."
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self): self.process, self.told = None, threading.Event()
+    def __init__(self): self.process, self.told, self.before = None, threading.Event(), {}
+
+    def __enter__(self) -> "Launch":
+        if threading.current_thread() is threading.main_thread(): self.before = {s: signal.signal(s, self.pass_on) for s in self.signals}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for s, handler in self.before.items(): signal.signal(s, handler)
 
     def pass_on(self, number: int, frame=None) -> None:
         "Hand a signal to the ranks."
@@ -74,11 +82,16 @@ class Launch:
             try: p.send_signal(number)
             except psutil.NoSuchProcess: pass
 
-    def once(self, argv: list[str], ranks: int) -> int: # exit code
+    def once(self,
+        argv: list[str], # of `train.py`
+        ranks: int, # see `command`
+        env: dict[str, str] = {}, # beside what this process has
+        output: IO | None = None, # a file for what is printed; None: where this process prints
+    ) -> int: # exit code
         "Start, wait, clear up."
         with tempfile.TemporaryDirectory() as notes:
-            env = {**os.environ, NOTES: notes} | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
-            self.process = subprocess.Popen(command(argv, ranks), env=env, start_new_session=True)
+            env = {**os.environ, NOTES: notes} | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}) | env
+            self.process = subprocess.Popen(command(argv, ranks), env=env, stdout=output, stderr=output, start_new_session=True)
             try: returned = self.process.wait()
             finally: _end_session(self.process.pid)
             return verdict(returned, [int(f.read_text()) for f in Path(notes).iterdir()])
@@ -97,13 +110,9 @@ def launch(
     parser.add_argument("--restarts", type=int, default=0, help="how often it is started again after exit codes 6, 8, 75 and 137")
     parser.add_argument("--pause", type=float, default=10, help="seconds before the first restart; twice as long before each further one")
     own, rest = parser.parse_known_args(argv)
-    run, before = Launch(), {}
-    if threading.current_thread() is threading.main_thread(): before = {s: signal.signal(s, run.pass_on) for s in run.signals}
-    try:
+    with Launch() as run:
         for k in range(own.restarts + 1):
             code = run.once(rest, own.ranks)
             if run.told.is_set() or not starts_again(code) or k == own.restarts: return code
             print(f"llava_nb: the run ended with exit code {code}; restart {k + 1} of {own.restarts}", file=sys.stderr, flush=True)
             if run.told.wait(min(own.pause * 2 ** k, 300)): return code
-    finally:
-        for s, handler in before.items(): signal.signal(s, handler)

@@ -6,8 +6,8 @@
 __all__ = ['SUFFIXES', 'LONGEST', 'KINDS', 'PICTURE_KINDS', 'NOTES', 'REPAIRED', 'SCHEMA', 'BLOCK', 'SMALL', 'PAUSES', 'SHOWN',
            'data_files', 'read_records', 'raw_rows', 'Problem', 'record_source', 'record_id', 'encode', 'learned',
            'signed_words', 'kind_of', 'noted', 'Gate', 'check_picture', 'Folder', 'picture_problems', 'Records',
-           'cache_folder', 'convert', 'read_again', 'stopping', 'TooManyBad', 'check_budget', 'LlavaDataset', 'report',
-           'estimate_lengths']
+           'with_pictures', 'with_findings', 'cache_folder', 'convert', 'read_again', 'stopping', 'TooManyBad',
+           'check_budget', 'LlavaDataset', 'report', 'estimate_lengths']
 
 # %% ../nbs/13_records.ipynb #616b5f09
 import codecs
@@ -455,29 +455,7 @@ class Records(Sequence):
         row = self.row(i)
         return _problem({k: self.table[k][row].as_py() for k in ("file", "index", "id", "source")} | {"problem": message}, self.files)
 
-    def with_pictures(self, source: Folder | None) -> "Records":
-        "Those whose picture is there; the others join the problems."
-        paths = [p.decode("utf-8", "surrogatepass") for p in self.table["image"].unique().to_pylist() if p is not None]
-        wrong = source.problems(paths) if source else picture_problems(paths, None)
-        if not wrong: return self
-        bad = pa.compute.is_in(self.table["image"], pa.array([p.encode("utf-8", "surrogatepass") for p in wrong], pa.binary())).to_numpy()
-        rows = np.flatnonzero(bad).tolist()
-        return _joined(self, rows, [wrong[self.table["image"][row].as_py().decode("utf-8", "surrogatepass")] for row in rows])
-
-    def with_findings(self,
-        path: str | Path, # a doctor's findings.jsonl
-    ) -> "Records":
-        "Those whose picture a doctor could read; the others join the problems."
-        try: found = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as e: raise ValueError(f"findings: {path} cannot be read ({e}); name the findings.jsonl of `llava_nb doctor`") from None
-        found = {(f["file"], f["index"]): f for f in found if f.get("kind") in PICTURE_KINDS}
-        rows = [row for row, (file, index) in enumerate(zip(self.table["file"].to_pylist(), self.table["index"].to_pylist())) if (self.files[file], index) in found]
-        told = [found[self.files[self.table["file"][row].as_py()], self.table["index"][row].as_py()] for row in rows]
-        for row, f in zip(rows, told):
-            if f["id"] != self.table["id"][row].as_py(): raise ValueError(f"findings: {path} names record {f['index']} (id {f['id']}) of {f['file']}, which now has the id {self.table['id'][row].as_py()}; run the doctor again")
-        return _joined(self, rows, [f["message"] for f in told])
-
-# %% ../nbs/13_records.ipynb #86024084
+# %% ../nbs/13_records.ipynb #4e737014
 def _good(table): return table.filter(pa.compute.is_null(table["problem"]))
 def _bad(table): return table.filter(pa.compute.is_valid(table["problem"]))
 def _joined(records: Records, rows: list[int], messages: list[str]) -> Records:
@@ -488,6 +466,34 @@ def _joined(records: Records, rows: list[int], messages: list[str]) -> Records:
 
 def _problem(row: dict, files: list[str]) -> Problem: return Problem(row["index"], row["id"], row["problem"], files[row["file"]], row["source"])
 
+# %% ../nbs/13_records.ipynb #0a8cb878
+def with_pictures(
+    records: Records,
+    source: Folder | None, # of pictures
+) -> Records:
+    "Those whose picture is there; the others join the problems."
+    paths = [p.decode("utf-8", "surrogatepass") for p in records.table["image"].unique().to_pylist() if p is not None]
+    wrong = source.problems(paths) if source else picture_problems(paths, None)
+    if not wrong: return records
+    bad = pa.compute.is_in(records.table["image"], pa.array([p.encode("utf-8", "surrogatepass") for p in wrong], pa.binary())).to_numpy()
+    rows = np.flatnonzero(bad).tolist()
+    return _joined(records, rows, [wrong[records.table["image"][row].as_py().decode("utf-8", "surrogatepass")] for row in rows])
+
+def with_findings(
+    records: Records,
+    path: str | Path, # a doctor's findings.jsonl
+) -> Records:
+    "Those whose picture a doctor could read; the others join the problems."
+    try: found = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as e: raise ValueError(f"findings: {path} cannot be read ({e}); name the findings.jsonl of `llava_nb doctor`") from None
+    found = {(f["file"], f["index"]): f for f in found if f.get("kind") in PICTURE_KINDS}
+    rows = [row for row, (file, index) in enumerate(zip(records.table["file"].to_pylist(), records.table["index"].to_pylist())) if (records.files[file], index) in found]
+    told = [found[records.files[records.table["file"][row].as_py()], records.table["index"][row].as_py()] for row in rows]
+    for row, f in zip(rows, told):
+        if f["id"] != records.table["id"][row].as_py(): raise ValueError(f"findings: {path} names record {f['index']} (id {f['id']}) of {f['file']}, which now has the id {records.table['id'][row].as_py()}; run the doctor again")
+    return _joined(records, rows, [f["message"] for f in told])
+
+# %% ../nbs/13_records.ipynb #86024084
 def cache_folder() -> Path:
     "Where conversions lie: $LLAVA_NB_CACHE, or llava_nb in the user's cache."
     return Path(os.environ.get("LLAVA_NB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llava_nb")
@@ -631,14 +637,14 @@ class LlavaDataset(Dataset):
         cache: str | Path | None = None, # where conversions of files lie; None: `cache_folder`
         repair: bool = True, # see `Gate`
         max_bad: str | int | None = None, # see `check_budget`
-        findings: str | Path | None = None, # a doctor's findings.jsonl, see `Records.with_findings`
+        findings: str | Path | None = None, # a doctor's findings.jsonl, see `with_findings`
     ):
         if not isinstance(records, (list, str, Path)): raise ValueError(f"records are a list of objects or a path, not {type(records).__name__}")
         self.template, self.encoder, self.image_transform = template, encoder, image_transform
         self.source, gate = Folder(image_folder) if isinstance(image_folder, str | Path) else image_folder, Gate(template, encoder, repair)
         self.features = None        # see 35_features
         found = Records.of(records, gate) if isinstance(records, list) else Records.from_files(records, gate, cache)
-        self.records = found.with_pictures(self.source) if findings is None else found.with_pictures(self.source).with_findings(findings)
+        self.records = with_pictures(found, self.source) if findings is None else with_findings(with_pictures(found, self.source), findings)
         total = len(self.records) + len(self.quarantined)
         if bad := stopping(self.quarantined, bad_records): raise ValueError(report(bad, total))
         check_budget(len(self.quarantined), total, max_bad)

@@ -587,7 +587,7 @@ def examine(
     gate, found = gate_of(run), doctor.Findings()
     for path in filter(None, (run.data.data_path, run.data.eval_data_path)):
         file, source = places(run, path)
-        found.add(records.Records.from_files(file, gate, run.data.records_cache).with_pictures(source), source, run.run.deep)
+        found.add(records.with_pictures(records.Records.from_files(file, gate, run.data.records_cache), source), source, run.run.deep)
     print(doctor.summary(found))
     if not found.good: print(f"{run.data.data_path}: no record to train on")
     out = Path(training_fields(run).output_dir or f"runs/stage{run.stage}")

@@ -96,6 +96,19 @@ def test_a_killed_demonstration_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_to_the_demonstration_alone_stops_its_training_too(tmp_path):
+    out, command = tmp_path / "demo", [sys.executable, "-m", "llava_nb.demo", "--fast", "--out", str(tmp_path / "demo")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    for line in process.stdout:
+        if line.startswith("step     1/"): break
+    started = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    said = process.stdout.read()
+    assert process.wait(120) == 75 and "the same command goes on" in said, said
+    assert not psutil.wait_procs(started, timeout=30)[1] and list(out.glob("stage1/checkpoint-*/MANIFEST.json"))
+
+
+@pytest.mark.slow
 def test_the_whole_way_in_a_tiny_budget(tmp_path, capfd):
     """Parts, data, trial, both stages, evaluation, page and chat, by the code of the full demonstration."""
     assert demo.main(["--fast", "--out", str(tmp_path / "demo")]) == 0

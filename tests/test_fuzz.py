@@ -20,7 +20,7 @@ from llava_nb.doctor import Findings, look, summary, write
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.packing import collate_packed
-from llava_nb.records import Folder, Gate, LlavaDataset, Records, encode, record_id
+from llava_nb.records import Folder, Gate, LlavaDataset, Records, encode, record_id, with_pictures
 
 COUNT, PICTURES = int(os.environ.get("FUZZ", 3000)), int(os.environ.get("FUZZ_PICTURES", 300))
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 200)
@@ -130,7 +130,7 @@ def test_the_doctor_tells_of_mutated_records_and_pictures(tmp_path):
     (tmp_path / "x" / "y.png").write_bytes(originals()[0]); (tmp_path / "z.jpg").write_bytes(mutated(originals()[5], rng))
     records = [mutate(copy.deepcopy(rng.choice(seeds())), rng) for _ in range(COUNT // 10)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
-    checked, found = Records.from_files(tmp_path / "r.jsonl", gate, tmp_path / "cache").with_pictures(Folder(tmp_path)), Findings()
+    checked, found = with_pictures(Records.from_files(tmp_path / "r.jsonl", gate, tmp_path / "cache"), Folder(tmp_path)), Findings()
     found.add(checked, Folder(tmp_path), deep=True)
     write(found, gate, tmp_path / "out")
     listed = [json.loads(line) for line in (tmp_path / "out" / "findings.jsonl").read_text().splitlines()]
@@ -167,7 +167,8 @@ def _peak(data: bytes, aspect: str, answers) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of memory")
 def test_no_picture_takes_more_than_256_mb(record_property):
     """What the peak of a process of its own grows by; the last, which no gate looked at, would take more."""
-    context, found = multiprocessing.get_context("fork"), {}
+    context, found = multiprocessing.get_context("forkserver"), {}      # forked from a process that has done nothing: room that tests left in this one would be zeroed, and counted
+    context.set_forkserver_preload([__name__])
     for name, data in huge().items():
         for aspect in ("pad", "square") if name == "png with alpha" else ("pad",):
             answers = context.SimpleQueue()
