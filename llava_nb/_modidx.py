@@ -146,6 +146,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'llava_nb/cross_entropy.py'),
                                         'llava_nb.cross_entropy._LinearCrossEntropy.forward': ( 'cross_entropy.html#_linearcrossentropy.forward',
                                                                                                 'llava_nb/cross_entropy.py'),
+                                        'llava_nb.cross_entropy._add_product': ( 'cross_entropy.html#_add_product',
+                                                                                 'llava_nb/cross_entropy.py'),
                                         'llava_nb.cross_entropy._chunked': ('cross_entropy.html#_chunked', 'llava_nb/cross_entropy.py'),
                                         'llava_nb.cross_entropy._liger': ('cross_entropy.html#_liger', 'llava_nb/cross_entropy.py'),
                                         'llava_nb.cross_entropy.linear_cross_entropy': ( 'cross_entropy.html#linear_cross_entropy',

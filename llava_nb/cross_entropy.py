@@ -49,11 +49,17 @@ def _chunked(hidden, rows, bias, targets, weights, image_token_id, chunk, into):
         loss += (w * (top + total.log() - of_target)[:, 0]).sum()
         if of_hidden is None and of_rows is None: continue
         g = g.mul_(w[:, None] / total).scatter_add_(1, t[:, None], -w[:, None])
-        if of_bias is not None: of_bias += g.sum(0)
+        if of_bias is not None: of_bias.copy_(g.sum(0)) if k == 0 else of_bias.add_(g.sum(0))
         g = g.to(h.dtype)
-        if of_hidden is not None: of_hidden[k:k + chunk] = g @ rows
-        if of_rows is not None: of_rows += g.T @ h
+        if of_hidden is not None: torch.mm(g, rows, out=of_hidden[k:k + chunk])
+        if of_rows is not None: _add_product(of_rows, g.T, h, k == 0)
     return loss
+
+def _add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    "`to += a @ b`, or without what was there; where the numbers have one precision, in one pass and without a second matrix of that size."
+    if to.dtype == a.dtype: torch.addmm(to, a, b, beta=0 if first else 1, out=to)
+    elif first: to.copy_(a @ b)
+    else: to += a @ b
 
 # %% ../nbs/16_cross_entropy.ipynb #3fc87d85
 def _liger(hidden, rows, bias, targets, weights, image_token_id, chunk, into):
@@ -64,7 +70,7 @@ def _liger(hidden, rows, bias, targets, weights, image_token_id, chunk, into):
     losses, *_, of_hidden, of_rows, of_bias = fused_linear_cross_entropy_forward(hidden, rows, targets, bias=bias, reduction="none", accum_dtype=torch.float32,
         token_grad_output=weights / largest, compute_gradients=any(wanted), weight_requires_grad=wanted[1])
     for found, to in zip((of_hidden, of_rows, of_bias), into):
-        if to is not None: to += found.to(to.dtype).mul_(largest)
+        if to is not None: torch.mul(found, largest, out=to)
     return (losses * weights).sum()
 
 LOSS_KERNELS = {"chunked": _chunked, "liger": _liger}
@@ -75,8 +81,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, weights, text_vocab_size, image_token_id, kernel, chunk):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        grads = [torch.zeros_like(t, dtype=torch.float32 if k else None) if needed else None for k, (t, needed) in enumerate(zip((hidden, weight, bias), ctx.needs_input_grad))]
-        into = grads[0], *(None if g is None else g[:text_vocab_size] for g in grads[1:])
+        grads = [torch.empty_like(t, dtype=torch.float32 if k else dtype) if needed else None for k, (t, needed) in enumerate(zip((hidden, weight, bias), ctx.needs_input_grad))]
+        into = grads[0], *(None if g is None else g[:text_vocab_size] for g in grads[1:])      # all of this a kernel writes
+        for g in grads[1:]:
+            if g is not None: g[text_vocab_size if len(hidden) else 0:] = 0
         cut = [None if t is None else t[:text_vocab_size].to(dtype) for t in (weight, bias)]
         loss = LOSS_KERNELS[kernel](hidden.to(dtype), *cut, targets, weights, image_token_id, chunk, into)
         ctx.gradients = [None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias))]
