@@ -126,6 +126,7 @@ def objection(
     except Exception as e: return f"it does not run here ({type(e).__name__}: {' '.join(str(e).split())[:120]})"      # any refusal of a kernel is an answer
     return "" if apart <= tolerance else f"it differs from sdpa by {apart:.1%}"
 
+# %% ../nbs/17_attention.ipynb #dd6be577
 def choose_attention(
     wanted: str, # "auto" or a key of `BACKENDS`
     device: torch.device | str,

@@ -56,6 +56,7 @@ def llava_processor(
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(config.vision_feature_select_strategy == "default"), chat_template=tokenizer.chat_template)
 
+# %% ../nbs/32_checkpoint.ipynb #5c8a5bb3
 PUBLISHED = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
              ("model.vision_tower.", "vision_tower."), ("model.multi_modal_projector.", "multi_modal_projector."))
 INNER_VISION = ("clip_vision_model", "siglip_vision_model")   # towers whose published names have `vision_model.` inside
@@ -119,6 +120,7 @@ def seal(
         if zero.rank() == 0: _write_manifest(folder, found)
     fail_point("seal.done")
 
+# %% ../nbs/32_checkpoint.ipynb #a1ae8809
 def _write_manifest(folder: Path, found: dict[str, dict]) -> None:
     for inner in {(folder / name).parent for name in found} | {folder, folder.parent}: settle_folder(inner)
     fail_point("seal.hashed")
@@ -139,6 +141,7 @@ def _manifest(found: dict[str, dict]) -> str:
     body = json.dumps(dict(sorted(found.items())), indent=1)
     return json.dumps({"files": json.loads(body), "seal": hashlib.sha256(body.encode()).hexdigest()}, indent=1)
 
+# %% ../nbs/32_checkpoint.ipynb #1b2cb82b
 def fault(
     folder: str | Path, # a checkpoint
 ) -> str: # "" for a sealed one that is as it was sealed
@@ -204,6 +207,7 @@ def _resolve(resume: str | bool | None, run_dir: Path) -> str | None:
     if folder is None: note(run_dir, sealed=None)
     return folder and str(folder)
 
+# %% ../nbs/32_checkpoint.ipynb #b8b719c6
 NOTHING = "nothing"
 
 def _lost(before: str, faults: dict[Path, str]) -> str:

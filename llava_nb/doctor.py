@@ -188,6 +188,7 @@ def strip(
     tokens = ["<image>" if i == gate.encoder.image_token_id else gate.encoder.tokenizer.convert_ids_to_tokens(i) for i in ids]
     return token_strip(tokens, [label != IGNORE_INDEX for label in encoded.labels[:longest]]).source + (f"<p>and {len(encoded.input_ids) - longest:,} more tokens" if len(encoded.input_ids) > longest else "")
 
+# %% ../nbs/34_doctor.ipynb #662f27a8
 def page(
     found: Findings,
     gate: Gate,

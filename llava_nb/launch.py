@@ -61,6 +61,7 @@ def _ranks(process: subprocess.Popen) -> list[psutil.Process]:
     except psutil.NoSuchProcess: return []
     return [p for p in below if any(w.endswith("train.py") for w in p.cmdline()[:4]) and any(w.startswith("--local_rank") for w in p.cmdline())]
 
+# %% ../nbs/36_launch.ipynb #29fe246b
 class Launch:
     "One run after another; inside `with`, signals go to the ranks."
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

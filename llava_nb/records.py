@@ -74,6 +74,7 @@ def raw_rows(
     for k, row in enumerate(itertools.islice(_rows(Path(path)), max(wanted, default=-1) + 1)):
         if k in wanted: yield k, row
 
+# %% ../nbs/13_records.ipynb #6bb702ae
 def _rows(path: Path) -> Iterator[str]:
     "A file's records, each as JSON text."
     with path.open("rb") as f:
@@ -158,6 +159,7 @@ class _Window:
 
 _SPACE, _DECODE = re.compile(r"\s*"), json.JSONDecoder().raw_decode
 
+# %% ../nbs/13_records.ipynb #51faf0e1
 def _list_rows(path: Path) -> Iterator[str]:
     window = _Window(path)
     window.peek(); window.at += 1                # the opening bracket
@@ -327,6 +329,7 @@ def check_picture(
 
 def _inside(path: Path, folder: Path) -> bool: return path.resolve().is_relative_to(folder.resolve())
 
+# %% ../nbs/13_records.ipynb #08c6f6b0
 def _alike(name: str, stem: bool = False) -> str:
     "A name as people mean it: no difference of case, of how accents are written, or of the kind of picture."
     name = unicodedata.normalize("NFC", name.strip()).casefold()
@@ -346,6 +349,7 @@ def _plain_files(folder: Path, below: str) -> set[str]:
         with os.scandir(folder / below) as found: return {e.name for e in found if e.is_file(follow_symlinks=False)}
     except (OSError, ValueError, RuntimeError): return set()
 
+# %% ../nbs/13_records.ipynb #6e4c55d4
 class Folder:
     "Pictures that are files below a folder. What offers the same four calls can stand in its place ([18_shards](18_shards.ipynb))."
     def __init__(self, root: str | Path): self.root = Path(root)
@@ -529,6 +533,7 @@ def _executor(gate: Gate, workers: int) -> Executor:
     if workers > 1: return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (gate,))
     _begin(gate); return _Here()
 
+# %% ../nbs/13_records.ipynb #fe9149d8
 def convert(
     found: list[Path], # from `data_files`
     gate: Gate,
@@ -554,6 +559,7 @@ def convert(
     _replace(folder / "done.json", json.dumps({"files": [str(f) for f in found], "records": good, "problems": bad}))
     shutil.rmtree(parts)
 
+# %% ../nbs/13_records.ipynb #84e179ae
 def _whole(part: Path) -> bool:
     try: return part.is_file() and pa.ipc.open_file(part).num_record_batches == 1
     except (pa.ArrowInvalid, OSError): return False

@@ -89,6 +89,7 @@ def parse(
     config.check(run.model, run.data, run.stage, training_fields(run).projector_lr, files=not run.run.dry_run)
     return run
 
+# %% ../nbs/90_train.ipynb #8b358375
 def check_training(
     run: Run,
 ) -> None:
@@ -115,6 +116,7 @@ def check_training(
     try: zero.read_deepspeed_config(args.deepspeed)
     except ValueError as e: raise ValueError(f"{e}; --zero 3 --offload True is zero3_offload.json without it" if "offload" in Path(args.deepspeed).name else str(e)) from None
 
+# %% ../nbs/90_train.ipynb #6f4a51fa
 def training_fields(
     run: Run,
 ) -> argparse.Namespace: # typed, with defaults
@@ -423,6 +425,7 @@ def execute(
         print(summary(result, t, time.monotonic() - start) if t.begun else f"nothing was left to do: all {t.state.global_step} steps had been done before\nresult: {t.args.output_dir}", flush=True)
     return _end(0)
 
+# %% ../nbs/90_train.ipynb #5f29d6d2
 def _refused(t: trainer.LlavaTrainer) -> int:
     rows, step, out = t.refused(), t.state.global_step + 1, Path(t.args.output_dir)
     if t.is_world_process_zero():
@@ -478,6 +481,7 @@ def dry_model(
     except IndexError: raise ValueError(f"vision_feature_layer {m.vision_feature_layer}: {m.vision_tower} has no such hidden state") from None
     return llava.meta_llava(found)
 
+# %% ../nbs/90_train.ipynb #6b053cce
 MEASURED = 2_000            # records that a dry run encodes to learn their length
 
 def mean_length(
@@ -579,6 +583,7 @@ CODES
 Settings (besides every field of transformers' TrainingArguments):
 """
 
+# %% ../nbs/90_train.ipynb #923ae6a9
 def examine(
     run: Run,
 ) -> int: # exit code: 0 a run would start, 2 it would stop, 3 more records than max_bad would be left out

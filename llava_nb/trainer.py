@@ -211,6 +211,7 @@ def code_version() -> str:
     hashed = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files("llava_nb").iterdir(), key=str) if p.name.endswith(".py")))
     return ", ".join([f"llava_nb {hashed.hexdigest()[:12]}", *(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))])
 
+# %% ../nbs/33_trainer.ipynb #942758ff
 class SealedTrainer(MeteredTrainer):
     "A Trainer whose checkpoints count when they are sealed, and whose failed saves cost an alarm."
     keep: int | None = None          # sealed checkpoints; None: all
@@ -269,6 +270,7 @@ class SealedTrainer(MeteredTrainer):
                 publish(made, self.args.output_dir)
                 self.state.save_to_json(str(made.parent / "trainer_state.json"))
 
+# %% ../nbs/33_trainer.ipynb #4cdcea3e
 def saves_of(
     args: LlavaTrainingArguments,
     steps: int, # of an epoch

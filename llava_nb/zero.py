@@ -96,6 +96,7 @@ def init_distributed(
     if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False)
 
+# %% ../nbs/31_zero.ipynb #d4085db5
 def free_port() -> int:
     "A port of this machine that nobody listens on now."
     with socket.socket() as s:
@@ -114,6 +115,7 @@ def wait() -> None:
     "Until all ranks are here."
     if torch.distributed.is_initialized(): torch.distributed.barrier()
 
+# %% ../nbs/31_zero.ipynb #a6ef00db
 def from_all_ranks(
     mine, # of this rank; anything that can be pickled
 ) -> list: # of all ranks, by rank
