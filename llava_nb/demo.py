@@ -311,7 +311,7 @@ def launch(
     return [h for h in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in h]
 
 # %% ../nbs/60_demo.ipynb #c2f2419f
-LEAST = 150      # steps of stage 2; 61 learned nothing (README)
+LEAST = 150      # steps of stage 2, which learn kinds of things; 61 learned nothing (README)
 
 class Demo:
     "The demonstration, step by step; each leaves its result in the folder."
