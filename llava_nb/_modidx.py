@@ -166,6 +166,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'llava_nb.demo.Asker.other': ('demo.html#asker.other', 'llava_nb/demo.py'),
                                'llava_nb.demo.Demo': ('demo.html#demo', 'llava_nb/demo.py'),
                                'llava_nb.demo.Demo.__init__': ('demo.html#demo.__init__', 'llava_nb/demo.py'),
+                               'llava_nb.demo.Demo._announce': ('demo.html#demo._announce', 'llava_nb/demo.py'),
                                'llava_nb.demo.Demo._plan': ('demo.html#demo._plan', 'llava_nb/demo.py'),
                                'llava_nb.demo.Demo._planned': ('demo.html#demo._planned', 'llava_nb/demo.py'),
                                'llava_nb.demo.Demo._settings': ('demo.html#demo._settings', 'llava_nb/demo.py'),

@@ -1,10 +1,10 @@
 """GPU kernels of packed attention, stood in for on a CPU: their own interfaces run, torch's or flash-attn's, over dense arithmetic in place of CUDA."""
 import contextlib
-from importlib.machinery import ModuleSpec
 import sys
 import types
 from collections import Counter
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from unittest import mock
 
 import torch
