@@ -298,6 +298,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llava_nb.guard._guard_engine': ('guard.html#_guard_engine', 'llava_nb/guard.py'),
                                 'llava_nb.guard._look': ('guard.html#_look', 'llava_nb/guard.py'),
                                 'llava_nb.guard.anywhere': ('guard.html#anywhere', 'llava_nb/guard.py'),
+                                'llava_nb.guard.finite': ('guard.html#finite', 'llava_nb/guard.py'),
                                 'llava_nb.guard.guard_optimizer': ('guard.html#guard_optimizer', 'llava_nb/guard.py')},
             'llava_nb.imageproc': { 'llava_nb.imageproc.ImageTransform': ('imageproc.html#imagetransform', 'llava_nb/imageproc.py'),
                                     'llava_nb.imageproc.ImageTransform.__call__': ( 'imageproc.html#imagetransform.__call__',
