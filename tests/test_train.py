@@ -89,8 +89,8 @@ def test_configuration_round_trip_evaluation_and_tensorboard(world, capsys):
 
 
 BAD = {
-    "did you mean 'learning_rate'": ["--learning_rat", "1"], "no such configuration file": ["nowhere.json"], "does not exist": ["--model", "/nowhere", "--data_path", "/none.json"],
-    "go together": ["--language_model", "a/b"], "give either": ["--model", "a/b", "--language_model", "a/b", "--vision_tower", "a/b"], "projector of stage 1": ["--language_model", "a/b", "--vision_tower", "a/b"],
+    "did you mean 'learning_rate'": ["--model", "a/b", "--learning_rat", "1"], "no such configuration file": ["nowhere.json"], "does not exist": ["--model", "/nowhere"],
+    "go together": ["--language_model", "a/b", "--projector", "random"], "give either": ["--model", "a/b", "--language_model", "a/b", "--vision_tower", "a/b"], "projector of stage 1": ["--language_model", "a/b", "--vision_tower", "a/b"],
     "belongs to stage 1": ["--model", "a/b", "--template", "plain"], "set `learning_rate`": ["--model", "a/b", "--stage", "1", "--projector_lr", "1e-4"], "stage 3": ["--model", "a/b", "--stage", "3"],
     "not supported": ["--model", "a/b", "--mm_use_im_start_end", "True"], "image_aspect_ratio 'anyres'": ["--model", "a/b", "--image_aspect_ratio", "anyres"], "`data_path` is missing": ["--model", "a/b"],
 }
@@ -98,7 +98,7 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_a_wrong_configuration_is_one_line_and_exit_2(message, capsys):
-    assert train.main(BAD[message]) == 2
+    assert train.main(BAD[message] + ["--data_path", __file__] * ("data_path" not in message)) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and err.startswith("llava_nb: ")
 
