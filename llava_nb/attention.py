@@ -20,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from .terminal import shown
+
 # %% ../nbs/17_attention.ipynb #4a4eec2f
 def record_lengths(
     position_ids: torch.Tensor, # [1, T], restarting at 0 with each record
@@ -134,9 +136,9 @@ def choose_attention(
     heads: tuple[int, int, int] = (4, 2, 64), # of queries, of keys, and the size of one
 ) -> str: # a key of `BACKENDS`
     "The back end to use on this device."
-    if wanted not in ("auto", *BACKENDS): raise ValueError(f"attention {wanted!r} is unknown; use auto, {', '.join(BACKENDS)}")
+    if wanted not in ("auto", *BACKENDS): raise ValueError(f"attention {shown(wanted)} is unknown; use auto, {', '.join(BACKENDS)}")
     if wanted == "auto": return next(b for b in BACKENDS if b == "sdpa" or torch.device(device).type == "cuda" and not objection(b, device, dtype, heads))
-    if why := objection(wanted, device, dtype, heads): raise ValueError(f"attention {wanted!r} cannot be used on {device} in {dtype}: {why}; 'auto' takes the fastest that can")
+    if why := objection(wanted, device, dtype, heads): raise ValueError(f"attention {shown(wanted)} cannot be used on {device} in {dtype}: {why}; 'auto' takes the fastest that can")
     return wanted
 
 def use_attention(

@@ -25,6 +25,7 @@ from .conversation import IMAGE_TOKEN, get_template, normalise
 from .imageproc import ImageTransform
 from .llava import PROJECTOR_FILE, load_llava
 from .masking import Encoded, Encoder
+from .terminal import Parser, one_line, say, shown, take_over
 from .vision import image_processor_for
 
 # %% ../nbs/40_chat.ipynb #e7e32340
@@ -151,7 +152,7 @@ class Prompter:
         encoded = self.encoder(self.template.prompt(list(turns)))
         pictures = sum(bool(t.get("image")) for t in turns)
         if len(encoded.image_spans) != pictures:
-            raise ValueError(f"template {self.template.name!r} shows {len(encoded.image_spans)} pictures and {pictures} were given: it is for one picture with no question")
+            raise ValueError(f"template {shown(self.template.name)} shows {len(encoded.image_spans)} pictures and {pictures} were given: it is for one picture with no question")
         if len(encoded.input_ids) < self.context: return encoded
         raise ValueError(f"the conversation takes {len(encoded.input_ids):,} tokens ({pictures} pictures of {self.image_seq_len} among them) "
                          f"and the model's context ends at {self.context:,}: ask less at once, or begin anew with reset()")
@@ -252,7 +253,7 @@ def load_for_chat(
 
 # %% ../nbs/40_chat.ipynb #af482e6e
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m llava_nb.chat", description="Chat about a picture with a trained model.")
+    p = Parser(prog="python -m llava_nb.chat", description="Chat about a picture with a trained model.")
     p.add_argument("run_dir", help="folder that stage 2 wrote, or a llava-hf checkpoint")
     p.add_argument("--image", help="picture that goes with the first question")
     p.add_argument("--ask", metavar="TEXT", help="ask this and stop")
@@ -282,12 +283,12 @@ def _converse(chat: Chat, args: argparse.Namespace) -> None:
         if line == "/reset": chat.reset(); image = args.image; continue
         if line.startswith("/image "): image = line.removeprefix("/image ").strip(); continue
         try:
-            for piece in chat.ask(line, image, args.max_new_tokens, args.temperature, args.seed, stream=True): print(piece, end="", flush=True)
-            print()
+            for piece in chat.ask(line, image, args.max_new_tokens, args.temperature, args.seed, stream=True): say(piece, end="")
+            say("")
             image = None
         except (ValueError, OSError) as e:     # a question that cannot be asked does not end a conversation
             if args.ask is not None: raise
-            print(e)
+            say(one_line(e))
 
 def main(argv: Sequence[str] | None = None) -> int:
     "The command line; returns the exit code."
@@ -295,11 +296,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         trust.check_versions()
         _converse(Chat.from_pretrained(args.run_dir, args.template, args.dtype, args.device), args)
-    except KeyboardInterrupt: print()
+    except KeyboardInterrupt: say("")
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f"llava_nb.chat: {e}", file=sys.stderr)
+        say(f"llava_nb.chat: {one_line(e)}", error=True)
         return 2
     return 0
 
 # %% ../nbs/40_chat.ipynb #1c2d537c
-if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    take_over()
+    raise SystemExit(main())

@@ -26,6 +26,7 @@ import llava_nb.zero as zero
 from .llava import PROJECTOR_FILE, load_projector, projector_state, valid_generation_config
 from .state import STATE_FILE, keep_global_batch, part_file
 from .storage import NoCheckpoint, StorageFailed, fail_point, known, note, settle_folder, write_durably
+from .terminal import printable, say
 from .vision import exported_processor, image_size
 
 # %% ../nbs/32_checkpoint.ipynb #82b88585
@@ -203,7 +204,7 @@ def _resolve(resume: str | bool | None, run_dir: Path) -> str | None:
     else: folder = None
     before = known(run_dir).get("sealed", NOTHING if there else None) or (NOTHING if wish == "true" else None)      # None: a run began here and has sealed nothing yet
     if folder is None and before is not None: raise NoCheckpoint(f"{run_dir}: nothing to resume, " + _lost(before, faults))
-    for bad, why in faults.items(): print(f"{bad.name}: {why}; set aside as {_set_aside(bad).name}", flush=True)
+    for bad, why in faults.items(): say(f"{printable(bad.name)}: {printable(why)}; set aside as {_set_aside(bad).name}")
     if folder is None: note(run_dir, sealed=None)
     return folder and str(folder)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'RENAMED', 'TRANSLATED', 'MEANINGLESS', 'SWITCHES', 'ModelConfig', 'DataConfig', 'RunConfig', 'Run',
-           'field_names', 'Several', 'one_line', 'Problems', 'truth', 'translate', 'as_reference', 'read_settings',
-           'read_json', 'check_names', 'by_stage', 'check', 'to_json']
+           'field_names', 'Several', 'Problems', 'truth', 'translate', 'as_reference', 'read_settings', 'read_json',
+           'check_names', 'by_stage', 'check', 'to_json']
 
 # %% ../nbs/00_config.ipynb #f7aa94f1
 import contextlib
@@ -14,6 +14,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
+from .terminal import Lines, one_line, shown
 
 # %% ../nbs/00_config.ipynb #9e81159c
 def _setting(default, help: str):
@@ -82,19 +84,13 @@ def field_names(
     return [f.name for c in classes for f in fields(c) if f.init]
 
 # %% ../nbs/00_config.ipynb #e8b4f2b4
-class Several(ValueError):
+class Several(Lines):
     "Problems that are told together."
     def __init__(self,
         problems: Sequence[Exception], # two at least
     ):
         self.problems, self.exit_code = list(problems), getattr(problems[0], "exit_code", 2)
         super().__init__(f"{len(problems)} things are wrong:\n" + "\n".join(f"  {one_line(p)}" for p in problems))
-
-def one_line(
-    error: Exception,
-) -> str:
-    "What an error says; the system's own may hold line ends, ours where they list records."
-    return " ".join(str(error).split()) if isinstance(error, OSError) else str(error).strip()
 
 class Problems:
     "What checks refuse, kept until all have run."
@@ -123,7 +119,7 @@ def truth(
     "A boolean as people write it."
     if str(value).lower() in ("true", "1", "yes"): return True
     if str(value).lower() in ("false", "0", "no", "none"): return False
-    raise ValueError(f"{value!r} is neither true nor false")
+    raise ValueError(f"{shown(value)} is neither true nor false")
 
 def _only(off: str, name: str, why: str) -> Callable:
     def check(value):
@@ -184,7 +180,7 @@ def _translated(key: str, value) -> dict:
     if key == "deepspeed": return _deepspeed(value)
     if key not in TRANSLATED: return {key: value}
     try: return TRANSLATED[key](value)
-    except KeyError: raise ValueError(f"--{key} {value!r} is unknown") from None
+    except KeyError: raise ValueError(f"--{key} {shown(value)} is unknown") from None
 
 def as_reference(
     settings: dict, # as given
@@ -240,7 +236,7 @@ def check_names(
     wrong = Problems()
     for key in [k for k in settings if k not in known]:
         near = difflib.get_close_matches(key, known, 1)
-        wrong.add(ValueError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; `python -m llava_nb.train --help` lists them all")))
+        wrong.add(ValueError(f"unknown setting {shown(key)}" + (f"; did you mean {shown(near[0])}?" if near else "; `python -m llava_nb.train --help` lists them all")))
     wrong.tell()
 
 # %% ../nbs/00_config.ipynb #433d2b57
@@ -263,13 +259,13 @@ def check(
     wrong = Problems()
     def refuse(when: bool, message: str):
         if when: wrong.add(ValueError(message))
-    refuse(stage not in (1, 2), f"stage {stage!r} is unknown; use 1 (feature alignment) or 2 (visual instruction tuning)")
+    refuse(stage not in (1, 2), f"stage {shown(stage)} is unknown; use 1 (feature alignment) or 2 (visual instruction tuning)")
     refuse(bool(model.model) == bool(model.language_model or model.vision_tower), "give either `model` (a llava-hf folder) or `language_model` and `vision_tower`")
     refuse(not model.model and bool(model.language_model) != bool(model.vision_tower), "`language_model` and `vision_tower` go together; one is missing")
     refuse(stage == 2 and not model.model and not model.projector, "stage 2 starts from the projector of stage 1: give `projector` (its output folder), or 'random' if you mean to do without")
     refuse(stage == 1 and projector_lr is not None, "stage 1 trains nothing but the projector: set `learning_rate`, not `projector_lr`")
     refuse(stage == 2 and data.template == "plain", "template 'plain' throws questions away and belongs to stage 1; use 'v1' or the language model's own ('chat_template')")
-    refuse(data.image_aspect_ratio not in (None, "square", "pad"), f"image_aspect_ratio {data.image_aspect_ratio!r} is unknown; use 'square' or 'pad'")
+    refuse(data.image_aspect_ratio not in (None, "square", "pad"), f"image_aspect_ratio {shown(data.image_aspect_ratio)} is unknown; use 'square' or 'pad'")
     if files: _check_files(model, data, wrong)
     wrong.tell()
 

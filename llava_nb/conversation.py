@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from .terminal import shown
+
 # %% ../nbs/10_conversation.ipynb #37a44ce5
 IMAGE_TOKEN = "<image>"
 ROLES = ("human", "gpt")
@@ -173,7 +175,7 @@ def get_template(
         if tokenizer is None: raise ValueError("template 'chat_template' needs the tokenizer that brings it")
         return ChatTemplate(tokenizer)
     if name not in TEMPLATES:
-        raise ValueError(f"template {name!r} is unknown; known are {', '.join(TEMPLATES)} and 'chat_template' (the tokenizer's own)")
+        raise ValueError(f"template {shown(name)} is unknown; known are {', '.join(TEMPLATES)} and 'chat_template' (the tokenizer's own)")
     return TEMPLATES[name]
 
 # %% ../nbs/10_conversation.ipynb #639f7fd7
@@ -183,13 +185,13 @@ def _check_shape(record: dict) -> list[dict]:
     if not isinstance(turns, list) or not turns: raise ValueError(f"conversations: must be a list of turns, got {turns!r:.40}; give at least a question and an answer")
     for k, turn in enumerate(turns):
         if not isinstance(turn, dict): raise ValueError(f"conversations[{k}]: a turn is an object with `from` and `value`, got {turn!r:.40}")
-        if turn.get("from") not in ROLES: raise ValueError(f"conversations[{k}].from: {turn.get('from')!r} is unknown; use 'human' or 'gpt'" + _meant(turn.get("from")))
+        if turn.get("from") not in ROLES: raise ValueError(f"conversations[{k}].from: {shown(turn.get('from'))} is unknown; use 'human' or 'gpt'" + _meant(turn.get("from")))
         _check_text(turn.get("value"), f"conversations[{k}].value")
     return turns
 
 def _meant(role) -> str:
     meant = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt"}.get(str(role).strip().lower(), str(role).strip().lower())
-    return f" (did you mean {meant!r}?)" if meant in ROLES else " (a system prompt comes from the template)" if meant == "system" else ""
+    return f" (did you mean {shown(meant)}?)" if meant in ROLES else " (a system prompt comes from the template)" if meant == "system" else ""
 
 def _check_text(value, where: str) -> None:
     if not isinstance(value, str): raise ValueError(f"{where}: must be text, got {value!r:.40}")
@@ -202,7 +204,7 @@ def _check_picture(record: dict, turns: list[dict]) -> None:
     image = record["image"]
     if not isinstance(image, str) or not image: raise ValueError(f"image: must be one path under the image folder, got {image!r:.40}; leave the key out of a record without a picture")
     holding = [k for k, t in enumerate(turns) if IMAGE_TOKEN in t["value"]]
-    if not holding: raise ValueError(f"image: {image!r} is given, but no turn says {IMAGE_TOKEN}; put it where the picture belongs")
+    if not holding: raise ValueError(f"image: {shown(image, 200)} is given, but no turn says {IMAGE_TOKEN}; put it where the picture belongs")
     if len(holding) > 1: raise ValueError(f"conversations[{holding[1]}].value: a second {IMAGE_TOKEN} for one picture; keep the first")
     if turns[holding[0]]["from"] == "gpt": raise ValueError(f"conversations[{holding[0]}].value: {IMAGE_TOKEN} in an answer; a picture belongs to a question")
 
@@ -220,7 +222,7 @@ def normalise(
     if turns[0]["from"] == "gpt": turns = turns[1:]
     if turns and turns[-1]["from"] == "human": turns = turns[:-1]
     for k, turn in enumerate(turns):
-        if turn["from"] != ROLES[k % 2]: raise ValueError(f"conversations: two {turn['from']!r} turns in a row; human and gpt must alternate")
+        if turn["from"] != ROLES[k % 2]: raise ValueError(f"conversations: two {shown(turn['from'])} turns in a row; human and gpt must alternate")
     if not turns: raise ValueError("conversations: no question with an answer, so nothing to learn")
     if "image" in record and not any(t["image"] for t in turns): raise ValueError(f"image: the turn that says {IMAGE_TOKEN} has no answer, so the picture would be lost")
     return turns

@@ -7,7 +7,6 @@ __all__ = ['HOURS', 'SPARE', 'MARK', 'LAYERS', 'to_safetensors', 'read_pickle', 
            'main']
 
 # %% ../nbs/03_convert.ipynb #af0993d5
-import argparse
 import json
 import os
 import resource
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava_nb.trust as trust
+from .terminal import Parser, one_line, say
 
 # %% ../nbs/03_convert.ipynb #07446650
 HOURS, SPARE = 1, 4 << 30      # of computing; bytes of memory beside the tensors
@@ -128,7 +128,7 @@ def main(
     argv: Sequence[str] | None = None, # the command line; None: the program's own
 ) -> int: # exit code: 0 done, 2 refused
     "`llava_nb convert SRC DST`."
-    p = argparse.ArgumentParser(prog="llava_nb convert", description="Weights in a pickle to safetensors.")
+    p = Parser(prog="llava_nb convert", description="Weights in a pickle to safetensors.")
     p.add_argument("source", help="mm_projector.bin, another file of torch.save, a model folder, or a hub id")
     p.add_argument("target", help="folder to write to, or FILE.safetensors for a single file")
     args = p.parse_args(argv)
@@ -136,8 +136,8 @@ def main(
         trust.check_versions()
         source, target = Path(args.source).expanduser(), Path(args.target).expanduser()
         if not source.exists() and trust.HUB.fullmatch(args.source): source = trust.fetched(args.source, [*trust.FILES, "*.bin"])
-        print(f"written: {(convert_folder if source.is_dir() else convert_file)(source, target)}")
+        say(f"written: {(convert_folder if source.is_dir() else convert_file)(source, target)}")
     except (ValueError, OSError) as e:
-        print(f"llava_nb convert: {' '.join(str(e).split())}", file=sys.stderr)
+        say(f"llava_nb convert: {one_line(e)}", error=True)
         return 2
     return 0

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
+from .terminal import shown
+
 # %% ../nbs/16_cross_entropy.ipynb #185c1fc4
 def text_logits(
     logits: torch.Tensor, # [..., V]
@@ -158,7 +160,7 @@ def use_loss_kernel(
     dtype: torch.dtype, # that it will compute in
 ) -> None:
     "Let the model's head compute its loss so."
-    if wanted not in LOSS_KERNELS: raise ValueError(f"loss_kernel {wanted!r} is unknown; use {', '.join(LOSS_KERNELS)}")
+    if wanted not in LOSS_KERNELS: raise ValueError(f"loss_kernel {shown(wanted)} is unknown; use {', '.join(LOSS_KERNELS)}")
     masked = model.config.image_token_id < model.config.llava_nb["text_vocab_size"]
-    if why := loss_objection(wanted, device, dtype, masked): raise ValueError(f"loss_kernel {wanted!r} cannot be used on {device} in {dtype}: {why}; 'chunked' runs everywhere")
+    if why := loss_objection(wanted, device, dtype, masked): raise ValueError(f"loss_kernel {shown(wanted)} cannot be used on {device} in {dtype}: {why}; 'chunked' runs everywhere")
     model.get_output_embeddings().kernel = wanted

@@ -9,13 +9,11 @@ __all__ = ['STYLES', 'UNSEEN_STYLE', 'GROUPS', 'HUES', 'UNSEEN_STYLE_TYPES', 'UN
            'layouts', 'TrainingEnded', 'launch', 'Demo', 'evaluate', 'page', 'chat', 'main']
 
 # %% ../nbs/60_demo.ipynb #43f88afc
-import argparse
 import importlib.util
 import json
 import os
 import random
 import shutil
-import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -40,6 +38,7 @@ from .llava import load_llava
 from .meter import bf16_is_faster
 from .conversation import get_template
 from .storage import write_durably
+from .terminal import Parser, one_line, say, take_over
 from .vision import image_processor_for
 
 # %% ../nbs/60_demo.ipynb #71ef8852
@@ -321,7 +320,7 @@ class Demo:
         least: int = LEAST, # steps of stage 2
         things: int = 100, # to learn
         share: float = 1.0, # of the held-out questions
-        say: Callable[[str], None] = lambda text: print(text, flush=True),
+        say: Callable[[str], None] = say,
     ):
         self.out, self.minutes, self.least, self.things, self.share, self.begun = Path(out), minutes, least, things, share, time.monotonic()
         self.say = lambda text: say(f"[{self.gone():4.1f} min] {text}")
@@ -475,26 +474,28 @@ def main(
     argv: list[str] | None = None,
 ) -> int: # exit code
     "Run the demonstration from the parts to the chat."
-    p = argparse.ArgumentParser(prog="python -m llava_nb.demo", description="Train LLaVA on real pictures in a budget of minutes, evaluate it, chat with it.")
+    p = Parser(prog="python -m llava_nb.demo", description="Train LLaVA on real pictures in a budget of minutes, evaluate it, chat with it.")
     p.add_argument("--out", default="runs/demo"); p.add_argument("--minutes", type=float, default=20, help="for everything, on a quiet machine; a slow one takes longer, and says so")
     p.add_argument("--things", type=int, default=100, help="how many things to learn"); p.add_argument("--fast", action="store_true", help="a smoke test: a few steps, few questions")
     args = p.parse_args(argv)
     demo = Demo(args.out, **dict(minutes=1.0, least=4, things=20, share=.05) if args.fast else dict(minutes=args.minutes, things=args.things))
     if (demo.out / "results.json").is_file():
-        print(f"{demo.out} holds a finished run; remove it to run again\n\n{(demo.out / 'table.txt').read_text()}")
+        say(f"{demo.out} holds a finished run; remove it to run again\n\n{(demo.out / 'table.txt').read_text()}")
         return 0
     demo.prepare()
     try: steps = demo.train()
     except TrainingEnded as e:
-        print(f"{e}; the same command goes on", file=sys.stderr)
+        say(f"{one_line(e)}; the same command goes on", error=True)
         return e.code
     scores = evaluate(demo)
     talk = chat(demo)
     minutes = demo.gone()
     (demo.out / "table.txt").write_text(evals.as_text(scores) + "\n")
     (demo.out / "results.json").write_text(json.dumps({"minutes": round(minutes, 1), "things": demo.things, "steps": steps, "scores": [asdict(s) for s in scores], "chat": talk}, indent=1))
-    print("\n" + evals.as_text(scores) + "\n\n" + "\n".join(f"> {q}\n{a}" for q, a in talk))
+    say("\n" + evals.as_text(scores) + "\n\n" + "\n".join(f"> {q}\n{a}" for q, a in talk))
     demo.say(f"done. Look at {demo.out / 'samples.html'}, {demo.out / 'accuracy.png'} and {demo.out / 'loss.png'}; chat on: python -m llava_nb.chat {demo.out / 'stage2'} --image PICTURE")
     return 0
 
-if __name__ == "__main__" and "__file__" in globals(): raise SystemExit(main())
+if __name__ == "__main__" and "__file__" in globals():
+    take_over()
+    raise SystemExit(main())

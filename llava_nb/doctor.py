@@ -26,6 +26,7 @@ from .conversation import normalise
 from .imageproc import oddities, open_image, scale
 from .masking import IGNORE_INDEX
 from .records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, raw_rows, with_findings, with_pictures
+from .terminal import shown
 from .viz import token_strip
 
 # %% ../nbs/34_doctor.ipynb #b0c8108c
@@ -51,7 +52,7 @@ def self_test(
         learned = [i for i in encoder.uncut(template.segments(turns)).labels if i != IGNORE_INDEX]
         wanted = "".join(t["value"] + template.stop for t in turns if t["from"] == "gpt")
         said = tokenizer.decode(learned, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if bare(said) != bare(wanted): wrong.append(f"template {template.name!r} with this tokenizer would learn {said!r} where the answers are {wanted!r}; choose another template")
+        if bare(said) != bare(wanted): wrong.append(f"template {shown(template.name)} with this tokenizer would learn {shown(said)} where the answers are {shown(wanted)}; choose another template")
     if wrong: raise ValueError("; and ".join(dict.fromkeys(wrong)))
 
 # %% ../nbs/34_doctor.ipynb #cf33484e
@@ -66,8 +67,8 @@ def look(
         if deep:
             with open_image(source.open(image)) as opened: opened.load()       # anew: looking for a second frame moves on
         return "", odd
-    except OSError as e: return f"image: {image!r} cannot be read ({e.strerror or e}); give access to it, or leave the record out", []
-    except Exception as e: return f"image: {image!r}: {e}; replace it, or leave the record out", []
+    except OSError as e: return f"image: {shown(image, 200)} cannot be read ({e.strerror or e}); give access to it, or leave the record out", []
+    except Exception as e: return f"image: {shown(image, 200)}: {e}; replace it, or leave the record out", []
 
 # %% ../nbs/34_doctor.ipynb #4160014b
 LISTED = 10_000       # notes of a kind that are kept; all are counted
@@ -113,7 +114,7 @@ class Findings:
         for i, name in enumerate(records.table["source"].to_pylist() if records.rows is None else records.table["source"].take(records.rows).to_pylist()):
             if i in bad: continue
             self.sources.setdefault(name, Counter())["good"] += 1
-            if self.sources[name]["good"] == 1: self.samples.append(records.place(i, f"the first record of {name!r}"))
+            if self.sources[name]["good"] == 1: self.samples.append(records.place(i, f"the first record of {shown(name)}"))
 
 def _doubled(records: Records) -> dict[str, list[int]]:
     "Records whose id another one of their files has, too: of no consequence, a record is known by its place."
@@ -134,14 +135,14 @@ def by_kind(
 
 def summary(
     found: Findings,
-    shown: int = SHOWN, # findings of a kind
+    most: int = SHOWN, # findings of a kind
 ) -> str:
     "Findings by kind, the most frequent first."
     kinds = by_kind(found.problems)
     lines = [f"{found.total:,} records: {found.good:,} can be trained on, {len(found.problems):,} findings of {len(kinds):,} kinds"]
     for kind, problems in kinds.items():
         lines.append(f"{kind}: {len(problems):,} ({', '.join(f'{name} {n:,}' for name, n in Counter(p.source for p in problems).most_common(8))})")
-        lines += [f"  {p}" for p in problems[:shown]] + [f"  and {len(problems) - shown:,} more"] * (len(problems) > shown)
+        lines += [f"  {p}" for p in problems[:most]] + [f"  and {len(problems) - most:,} more"] * (len(problems) > most)
     return "\n".join(lines + [f"noted: {n:,} x {what}, first record {found.notes[what][0].index} (id {found.notes[what][0].id})" for what, n in found.counts.most_common()])
 
 def line(
@@ -156,7 +157,7 @@ def line(
     for key in re.findall(r"\w+", where):
         try: value = value[int(key) if isinstance(value, list) else key]
         except (LookupError, TypeError, ValueError): value = None
-    return {"file": p.file, "index": p.index, "id": p.id, "source": p.source, "kind": "note" if noted else p.kind, "field": where, "value": value if value is None else f"{value!s:.200}", "what": what, "remedy": remedy, "message": p.message}
+    return {"file": p.file, "index": p.index, "id": p.id, "source": p.source, "kind": "note" if noted else p.kind, "field": where, "value": value[:200] if isinstance(value, str) else None if value is None else shown(value, 200), "what": what, "remedy": remedy, "message": p.message}
 
 # %% ../nbs/34_doctor.ipynb #ea6b2102
 def thumbnail(

@@ -19,6 +19,8 @@ from typing import BinaryIO
 import torch
 from PIL import Image
 
+from .terminal import shown
+
 # %% ../nbs/12_imageproc.ipynb #89f6a858
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")       # what is opened, whatever the file is called
 _MARKS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF",
@@ -174,7 +176,7 @@ class ImageTransform:
         apply_exif: bool = False, # turn it as its EXIF tag says; the reference takes pixels as stored
         reduced_jpeg: bool = False, # decode large JPEGs at a smaller scale; pixels change
     ):
-        if aspect not in ("square", "pad"): raise ValueError(f"image_aspect_ratio {aspect!r} is unknown; use 'square' or 'pad'")
+        if aspect not in ("square", "pad"): raise ValueError(f"image_aspect_ratio {shown(aspect)} is unknown; use 'square' or 'pad'")
         self.processor, self.aspect, self.apply_exif, self.reduced_jpeg = processor, aspect, apply_exif, reduced_jpeg
         self.background = background_from_mean(processor.image_mean) if aspect == "pad" else None
 

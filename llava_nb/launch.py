@@ -6,7 +6,6 @@
 __all__ = ['verdict', 'starts_again', 'command', 'Launch', 'launch']
 
 # %% ../nbs/36_launch.ipynb #9c5b3357
-import argparse
 import os
 import shutil
 import signal
@@ -22,6 +21,7 @@ import psutil
 import torch
 
 from .guard import NOT_FINITE, STOPPED
+from .terminal import Parser, say
 from .watch import DATA, LOST, MEMORY, NOTES
 from .zero import free_port
 
@@ -106,7 +106,7 @@ def launch(
     argv: list[str], # [--restarts N] [--ranks N] [--pause SECONDS] CONFIG.json [--key value ...]
 ) -> int: # exit code
     "Train, and train again where that can help."
-    parser = argparse.ArgumentParser(prog="llava_nb launch", allow_abbrev=False, description="Start a training and keep it going. All else is for the training.")
+    parser = Parser(prog="llava_nb launch", allow_abbrev=False, description="Start a training and keep it going. All else is for the training.")
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="processes; 0: one without DeepSpeed's launcher (default: as many as GPUs)")
     parser.add_argument("--restarts", type=int, default=0, help="how often it is started again after exit codes 6, 8, 75 and 137")
     parser.add_argument("--pause", type=float, default=10, help="seconds before the first restart; twice as long before each further one")
@@ -115,5 +115,5 @@ def launch(
         for k in range(own.restarts + 1):
             code = run.once(rest, own.ranks)
             if run.told.is_set() or not starts_again(code) or k == own.restarts: return code
-            print(f"llava_nb: the run ended with exit code {code}; restart {k + 1} of {own.restarts}", file=sys.stderr, flush=True)
+            say(f"llava_nb: the run ended with exit code {code}; restart {k + 1} of {own.restarts}", error=True)
             if run.told.wait(min(own.pause * 2 ** k, 300)): return code

@@ -26,6 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 import llava_nb.trust as trust
 from .attention import register_attention
 from .cross_entropy import LossHead
+from .terminal import shown
 from .vision import feature_count, load_vision_config, register_towers
 
 # %% ../nbs/21_llava.ipynb #b7c00c6b
@@ -41,7 +42,7 @@ def llava_config(
 ) -> LlavaConfig:
     "The llava-hf configuration of these parts."
     if projector_type not in PROJECTORS:
-        raise ValueError(f"projector_type {projector_type!r} cannot be written as a llava-hf projector; use one of {', '.join(PROJECTORS)}")
+        raise ValueError(f"projector_type {shown(projector_type)} cannot be written as a llava-hf projector; use one of {', '.join(PROJECTORS)}")
     return LlavaConfig(
         text_config=text_config, vision_config=vision_config, image_token_id=image_token_id, projector_hidden_act=PROJECTORS[projector_type],
         vision_feature_layer=feature_layer, vision_feature_select_strategy=select_strategy,
@@ -195,7 +196,7 @@ def set_recompute(
     how: str, # a member of `RECOMPUTE`
 ) -> None:
     "What the decoder's layers compute again in the backward pass (gradient checkpointing)."
-    if how not in RECOMPUTE: raise ValueError(f"recompute {how!r} is unknown; use {', '.join(RECOMPUTE)}")
+    if how not in RECOMPUTE: raise ValueError(f"recompute {shown(how)} is unknown; use {', '.join(RECOMPUTE)}")
     enable, disable = (getattr(model, f"activation_checkpointing_{do}", None) or getattr(model, f"gradient_checkpointing_{do}") for do in ("enable", "disable"))      # transformers' new name, and its old
     disable()
     if how == "none": return
@@ -213,7 +214,7 @@ def freeze(
 ) -> None:
     "Set what trains. The tower never does, and stays in evaluation mode whatever calls `train()`."
     if stage not in (1, 2):
-        raise ValueError(f"stage {stage!r} is unknown; use 1 (projector) or 2 (projector and language model)")
+        raise ValueError(f"stage {shown(stage)} is unknown; use 1 (projector) or 2 (projector and language model)")
     inner = model.model
     model.requires_grad_(stage == 2)
     inner.vision_tower.requires_grad_(False)

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .conversation import Segment
+from .terminal import shown
 
 # %% ../nbs/11_masking.ipynb #9aae1978
 IGNORE_INDEX = -100      # cross-entropy skips it
@@ -124,7 +125,7 @@ class Encoder:
 
     def _special_id(self, literal: str) -> int:
         found = self.tokenizer.backend_tokenizer.token_to_id(literal)      # get_vocab() would copy 50,000 entries a record
-        if found is None: raise ValueError(f"the template ends or opens turns with {literal!r}, which this tokenizer does not know; choose the model's own template ('chat_template')")
+        if found is None: raise ValueError(f"the template ends or opens turns with {shown(literal)}, which this tokenizer does not know; choose the model's own template ('chat_template')")
         return found
 
     def _cut(self, ids: list[int], labels: list[int], spans: list[tuple[int, int]]) -> Encoded:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from .cross_entropy import text_logits, weighted_cross_entropy
+from .terminal import shown
 
 # %% ../nbs/22_objective.ipynb #ac950003
 OBJECTIVES = ("reference", "token", "sample", "sqrt")
@@ -21,7 +22,7 @@ def token_weights(
 ) -> list[list[float]]: # loss weight of each learned token of each record, in the same nesting
     "Per-token loss weights of one optimizer step. They sum to 1 over its learned tokens."
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
+        raise ValueError(f"objective {shown(objective)} is unknown; use one of {', '.join(OBJECTIVES)}")
     filled = [m for m in micro_batches if sum(m)]
     counts = [n for m in filled for n in m]
     if objective == "reference":

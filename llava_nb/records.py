@@ -6,8 +6,8 @@
 __all__ = ['SUFFIXES', 'LONGEST', 'KINDS', 'PICTURE_KINDS', 'NOTES', 'REPAIRED', 'SCHEMA', 'BLOCK', 'SMALL', 'PAUSES', 'SHOWN',
            'data_files', 'read_records', 'raw_rows', 'Problem', 'record_source', 'record_id', 'encode', 'learned',
            'signed_words', 'kind_of', 'noted', 'Gate', 'check_picture', 'Folder', 'picture_problems', 'Records',
-           'with_pictures', 'with_findings', 'cache_folder', 'convert', 'read_again', 'stopping', 'TooManyBad',
-           'check_budget', 'LlavaDataset', 'report', 'estimate_lengths']
+           'with_pictures', 'with_findings', 'cache_folder', 'convert', 'read_again', 'stopping', 'BadRecords',
+           'TooManyBad', 'check_budget', 'LlavaDataset', 'report', 'estimate_lengths']
 
 # %% ../nbs/13_records.ipynb #616b5f09
 import codecs
@@ -19,7 +19,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 import time
 import unicodedata
 from collections import deque
@@ -44,6 +43,7 @@ from tqdm.auto import tqdm
 from .conversation import IMAGE_TOKEN, ChatTemplate, Plain, Template, normalise
 from .imageproc import ImageTransform
 from .masking import IGNORE_INDEX, Encoded, Encoder
+from .terminal import Lines, one_line, printable, say, shown
 
 # %% ../nbs/13_records.ipynb #14fd3e18
 SUFFIXES, LONGEST = (".json", ".jsonl", ".parquet"), 1 << 26      # of data files in a folder; characters of one record
@@ -186,20 +186,19 @@ class Problem:
     @property
     def kind(self) -> str: return kind_of(self.message)
 
-    def __str__(self) -> str: return (f"{self.file}: " if self.file else "") + f"record {self.index} (id {self.id}): {self.message}"
+    def __str__(self) -> str: return printable((f"{self.file}: " if self.file else "") + f"record {self.index} (id {self.id}): {self.message}")
 
 def record_source(record) -> str:
     "Where a record comes from: its `dataset`, or the first folder of its picture."
     if not isinstance(record, dict): return "no record"
-    if isinstance(record.get("dataset"), str): return _printable(record["dataset"][:60])
+    if isinstance(record.get("dataset"), str): return printable(record["dataset"][:60])
     image = record.get("image")
-    return ("text only" if image is None else _printable(image.rpartition("/")[0].split("/")[0][:60] or ".")) if isinstance(image, str | None) else "no path"
+    return ("text only" if image is None else printable(image.rpartition("/")[0].split("/")[0][:60] or ".")) if isinstance(image, str | None) else "no path"
 
 def record_id(record) -> str: # short, and fit to be printed
     "A record's own id."
-    return _printable(f"{record.get('id', 'none') if isinstance(record, dict) else 'none'!s:.60}")
-
-def _printable(text: str) -> str: return text.encode("utf-8", "backslashreplace").decode()
+    found = record.get("id", "none") if isinstance(record, dict) else "none"
+    return printable(found, 60) if isinstance(found, str) else shown(found, 60)
 
 def encode(
     record: dict,
@@ -289,7 +288,7 @@ class Gate:
             if notes & REPAIRED and not self.repair: raise ValueError("conversations: " + ("begins with an answer" if notes & 1 else "ends with a question") + " that stands alone; complete it, or let `repair` drop it")
             image = record["image"].encode("utf-8", "surrogatepass") if "image" in record else None      # a file's name need not be Unicode
             return known | {"image": image, "length": len(encoded.input_ids), "supervised": learned(encoded), "words": signed_words(record), "notes": notes}
-        except ValueError as e: return known | {"problem": _printable(str(e))}
+        except ValueError as e: return known | {"problem": printable(str(e))}
 
     @cached_property
     def special(self) -> re.Pattern:
@@ -320,12 +319,12 @@ def check_picture(
     folder: Path | None, # the image folder
 ) -> None:
     "Refuse a picture that is not a file inside the image folder."
-    if folder is None: raise ValueError(f"image: {image!r} is given, but no image_folder")
+    if folder is None: raise ValueError(f"image: {shown(image, 200)} is given, but no image_folder")
     path = folder / image
     try: inside, is_file = _inside(path, folder), path.is_file()
-    except (OSError, ValueError, RuntimeError) as e: raise ValueError(f"image: {image[:80]!r} is no path that this system can follow ({getattr(e, 'strerror', None) or e}); correct it") from None
-    if not inside: raise ValueError(f"image: {image!r} leads out of the image folder {folder}; give a path below it")
-    if not is_file: raise ValueError(f"image: {image!r} is not a file in {folder}; fetch it, or leave the record out")
+    except (OSError, ValueError, RuntimeError) as e: raise ValueError(f"image: {shown(image, 200)} is no path that this system can follow ({getattr(e, 'strerror', None) or e}); correct it") from None
+    if not inside: raise ValueError(f"image: {shown(image, 200)} leads out of the image folder {folder}; give a path below it")
+    if not is_file: raise ValueError(f"image: {shown(image, 200)} is not a file in {folder}; fetch it, or leave the record out")
 
 def _inside(path: Path, folder: Path) -> bool: return path.resolve().is_relative_to(folder.resolve())
 
@@ -340,7 +339,7 @@ def _meant(image: str, folder: Path, known: dict) -> str:
     below, _, name = image.replace("\\", "/").strip().rpartition("/")
     if below not in known: known[below] = {_alike(there, stem): there for stem in (True, False) for there in sorted(_plain_files(folder, below))}
     near = known[below].get(_alike(name)) or known[below].get(_alike(name, stem=True))
-    return f"; did you mean {f'{below}/{near}'.lstrip('/')!r}?" if near else ""
+    return f"; did you mean {shown(f'{below}/{near}'.lstrip('/'), 200)}?" if near else ""
 
 def _plain_files(folder: Path, below: str) -> set[str]:
     "Names of the files of a folder inside the image folder; none if it is no such folder, then each path is looked at by itself."
@@ -373,7 +372,7 @@ def picture_problems(
             if below not in listed: listed[below] = _plain_files(folder, below)
             if name in listed[below]: continue
         try: check_picture(image, folder)
-        except ValueError as e: problems[image] = _printable(str(e) + (_meant(image, folder, known) if "is not a file" in str(e) else ""))
+        except ValueError as e: problems[image] = printable(str(e) + (_meant(image, folder, known) if "is not a file" in str(e) else ""))
     return problems
 
 # %% ../nbs/13_records.ipynb #6993833f
@@ -598,7 +597,7 @@ def read_again(
         try: return read()
         except OSError as e:
             if not _passing(e): raise
-            print(f"{name}: {e}; read again in {pause:g} s ({k} of {len(PAUSES)})", file=sys.stderr, flush=True)
+            say(f"{printable(name)}: {one_line(e)}; read again in {pause:g} s ({k} of {len(PAUSES)})", error=True)
             time.sleep(pause)
     return read()
 
@@ -609,8 +608,11 @@ def stopping(
 ) -> list[Problem]:
     "The problems that stop a run."
     left_out = set(KINDS) | {"other"} if bad_records == "skip" else set(bad_records.split(",")) - {"error"}
-    if unknown := left_out - set(KINDS) - {"other"}: raise ValueError(f"bad_records {bad_records!r}: {unknown.pop()!r} is no kind of bad record; use 'error', 'skip', or some of {', '.join(KINDS)}")
+    if unknown := left_out - set(KINDS) - {"other"}: raise ValueError(f"bad_records {shown(bad_records)}: {shown(unknown.pop())} is no kind of bad record; use 'error', 'skip', or some of {', '.join(KINDS)}")
     return [p for p in problems if p.kind not in left_out]
+
+class BadRecords(Lines):
+    "Records that stop a run; the message is a list, a line for each."
 
 class TooManyBad(ValueError):
     "More records would be left out than `max_bad` allows."
@@ -625,7 +627,7 @@ def check_budget(
     if max_bad is None: return
     share, percent, rest = str(max_bad).partition("%")
     try: allowed = float(share) / 100 * total if percent else int(share)
-    except ValueError: raise ValueError(f"max_bad {max_bad!r} is neither a number of records nor a share like '0.1%'") from None
+    except ValueError: raise ValueError(f"max_bad {shown(max_bad)} is neither a number of records nor a share like '0.1%'") from None
     if bad > allowed: raise TooManyBad(f"{bad:,} of {total:,} records would be left out, and max_bad allows {max_bad}; see what they are with `llava_nb doctor`, or raise it")
 
 # %% ../nbs/13_records.ipynb #37d54d4e
@@ -652,7 +654,7 @@ class LlavaDataset(Dataset):
         found = Records.of(records, gate) if isinstance(records, list) else Records.from_files(records, gate, cache)
         self.records = with_pictures(found, self.source) if findings is None else with_findings(with_pictures(found, self.source), findings)
         total = len(self.records) + len(self.quarantined)
-        if bad := stopping(self.quarantined, bad_records): raise ValueError(report(bad, total))
+        if bad := stopping(self.quarantined, bad_records): raise BadRecords(report(bad, total))
         check_budget(len(self.quarantined), total, max_bad)
         if not len(self.records): raise ValueError("no record to train on")
         self.lengths, self.supervised, self.word_lengths, self.pictures = map(self.records.column, ("length", "supervised", "words", "image"))      # [N] each

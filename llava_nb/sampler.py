@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .terminal import shown
 from .viz import COLOURS
 
 # %% ../nbs/14_sampler.ipynb #5493a65f
@@ -154,8 +155,8 @@ _NEEDS = {"modality": "has_image", "random": "lengths", "compat": "word_lengths"
 
 def _check_plan(plan: "Plan") -> None:
     "Raise on an argument that no plan can be made from."
-    if plan.mode not in _NEEDS: raise ValueError(f"unknown sampler mode {plan.mode!r}: known are {', '.join(_NEEDS)}")
-    if getattr(plan, _NEEDS[plan.mode]) is None: raise ValueError(f"sampler mode {plan.mode!r} needs {_NEEDS[plan.mode]}, one value a record")
+    if plan.mode not in _NEEDS: raise ValueError(f"unknown sampler mode {shown(plan.mode)}: known are {', '.join(_NEEDS)}")
+    if getattr(plan, _NEEDS[plan.mode]) is None: raise ValueError(f"sampler mode {shown(plan.mode)} needs {_NEEDS[plan.mode]}, one value a record")
     for name, low in dict(batch_size=1, world_size=1, accumulation=1, seed=0, epoch=0).items():
         if getattr(plan, name) < low: raise ValueError(f"{name}={getattr(plan, name)}: it must be at least {low}")
     if not len(plan.lengths): raise ValueError("no records: lengths is empty, there is nothing to plan")

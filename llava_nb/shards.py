@@ -23,6 +23,7 @@ import pyarrow.compute
 from filelock import FileLock
 
 from .records import cache_folder
+from .terminal import shown
 
 # %% ../nbs/18_shards.ipynb #f28cd2a1
 def write_shards(
@@ -159,8 +160,8 @@ class Shards:
         first, last = (int(np.searchsorted(self.hashes, np.uint64(_hash(wanted)), side)) for side in ("left", "right"))
         rows = [self.table.slice(k, 1).to_pylist()[0] for k in range(first, last)]
         found = [(self.shards[r["shard"]], r["offset"], r["size"]) for r in rows if r["name"] == wanted and self.shards[r["shard"]].endswith(shard and f"/{shard}")]
-        if len(found) > 1: raise ValueError(f"image: {image!r} lies in {len(found)} shards of {self.root}; write SHARD.tar/{name}")
-        if not found: raise ValueError(f"image: {image!r} is in no shard of {self.root}; add it, or leave the record out")
+        if len(found) > 1: raise ValueError(f"image: {shown(image, 200)} lies in {len(found)} shards of {self.root}; write SHARD.tar/{name}")
+        if not found: raise ValueError(f"image: {shown(image, 200)} is in no shard of {self.root}; add it, or leave the record out")
         return found[0]
 
     def open(self,

@@ -19,6 +19,7 @@ if __name__ == "__main__" and "__file__" in globals():      # run as a file: the
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name): signal.signal(getattr(signal, name), lambda number, frame: os._exit(75))      # while the libraries load, as in `program`
 
+
 # %% ../nbs/90_train.ipynb #0e82eaa1
 import argparse
 import contextlib
@@ -55,6 +56,7 @@ import llava_nb.records as records
 import llava_nb.sampler as sampler
 import llava_nb.shards as shards
 import llava_nb.storage as storage
+import llava_nb.terminal as terminal
 import llava_nb.trainer as trainer
 import llava_nb.trust as trust
 import llava_nb.vision as vision
@@ -89,7 +91,7 @@ def check_training(
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
     for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("recompute", args.recompute, llava.RECOMPUTE), ("attention", run.model.attention, ("auto", *attention.BACKENDS)), ("loss_kernel", run.model.loss_kernel, tuple(cross_entropy.LOSS_KERNELS)), ("zero", args.zero, (0, 1, 2, 3)),
                                ("eval_strategy", evaluates, ("no", "steps", "epoch"))):
-        refuse(value is not None and value not in known, f"{name} {value!r} is unknown; use one of {', '.join(map(str, known))}")
+        refuse(value is not None and value not in known, f"{name} {terminal.shown(value)} is unknown; use one of {', '.join(map(str, known))}")
     for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("max_tokens", args.max_tokens), ("threads", run.run.threads)):
         refuse(value is not None and value < 1, f"{name} {value} must be at least 1")
     refuse((evaluates != "no") != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` ('steps' or 'epoch': when) go together; one is missing")
@@ -233,7 +235,7 @@ def open_pictures(
     shares = zero.from_all_ranks(doctor.first_look(dataset, run.run.look_seconds, args.process_index, args.world_size))
     opened, bad, total = sum(n for n, _ in shares), [str(p) for _, share in shares for p in share], len(set(dataset.pictures.tolist()) - {-1})
     if bad: raise ValueError(f"{len(bad):,} of {opened:,} pictures cannot be read (`llava_nb doctor` looks at all, and its --findings with --bad_records leave them out):\n" + "\n".join(f"  {p}" for p in bad[:records.SHOWN]))
-    if opened < total and args.process_index == 0: print(f"pictures: {opened:,} of {total:,} opened in {run.run.look_seconds:g} s, none is bad; `llava_nb doctor` opens all", flush=True)
+    if opened < total and args.process_index == 0: terminal.say(f"pictures: {opened:,} of {total:,} opened in {run.run.look_seconds:g} s, none is bad; `llava_nb doctor` opens all")
 
 # %% ../nbs/90_train.ipynb #19a6f339
 def places(
@@ -316,7 +318,7 @@ def load_model(
     if run.model.projector not in (None, "random"): llava.load_projector(model, run.model.projector)
     used = attention.use_attention(model, run.model.attention, args.device, autocast)
     cross_entropy.use_loss_kernel(model, run.model.loss_kernel, args.device, autocast)
-    if args.process_index == 0: print(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}", flush=True)
+    if args.process_index == 0: terminal.say(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}")
     model.config.llava_nb |= {"template": run.data.template, "image_aspect_ratio": run.data.image_aspect_ratio}
     return model
 
@@ -331,13 +333,16 @@ def loss_line(
 
 class LossLine(ProgressCallback):
     "Progress bar and a readable line, on the first rank."
+    def write(self, line: str) -> None:
+        with self.training_bar.external_write_mode(): terminal.say(line)
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss" in logs: self.training_bar.write(loss_line(state, logs))
+        if state.is_world_process_zero and logs and "loss" in logs: self.write(loss_line(state, logs))
 
 class QuietLossLine(transformers.TrainerCallback):
     "The line without the bar, for a log file."
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss" in logs: print(loss_line(state, logs), flush=True)
+        if state.is_world_process_zero and logs and "loss" in logs: terminal.say(loss_line(state, logs))
 
 def summary(
     result: transformers.trainer_utils.TrainOutput, # of `Trainer.train`
@@ -365,15 +370,15 @@ def prepare(
     args = training_arguments(run)
     hold(args.output_dir, held)
     if args.process_index == 0:
-        for note in run.notes: print(f"note: {note}", flush=True)
+        for note in run.notes: terminal.say(f"note: {terminal.printable(note)}")
     ranks = zero.from_all_ranks(watch.machine(args.output_dir))
     watch.same([r["versions"] for r in ranks], "install the same on every machine")
-    if args.process_index == 0: print(watch.machines(ranks), flush=True)
+    if args.process_index == 0: terminal.say(watch.machines(ranks))
     if run.run.threads: torch.set_num_threads(run.run.threads)
     run.run.resume = checkpoint.resolve_resume(run.run.resume, args.output_dir)
     if run.run.resume:
         trust.check_folder(Path(run.run.resume), weights=args.stage == 2)
-        if args.process_index == 0: print(f"going on from {run.run.resume}", flush=True)
+        if args.process_index == 0: terminal.say(f"going on from {run.run.resume}")
     dog = watch.TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size, math.inf if run.data.feature_cache else 1)
     with dog: pieces = build(run, args)
     if args.process_index == 0: _write_down(run, args, pieces)
@@ -423,14 +428,14 @@ def execute(
         _deaf()
     except guard.NotFinite: return _refused(t)
     except storage.NoCheckpoint as e:
-        if lead: print(f"llava_nb: {e}", file=sys.stderr, flush=True)
+        if lead: terminal.say(f"llava_nb: {terminal.one_line(e)}", error=True)
         return _end(e.exit_code)
     except storage.StorageFailed as e: return _unsaved(t, e)
     if t.guard.stopped:
-        if lead: print(f"stopped after step {t.state.global_step} of {t.state.max_steps} by {t.guard.noted or 'a signal to another rank'}; the same command goes on from checkpoint-{t.state.global_step}", flush=True)
+        if lead: terminal.say(f"stopped after step {t.state.global_step} of {t.state.max_steps} by {t.guard.noted or 'a signal to another rank'}; the same command goes on from checkpoint-{t.state.global_step}")
         return _end(guard.STOPPED)
     if lead:
-        print(summary(result, t, time.monotonic() - start) if t.begun else f"nothing was left to do: all {t.state.global_step} steps had been done before\nresult: {t.args.output_dir}", flush=True)
+        terminal.say(summary(result, t, time.monotonic() - start) if t.begun else f"nothing was left to do: all {t.state.global_step} steps had been done before\nresult: {t.args.output_dir}")
     return _end(0)
 
 # %% ../nbs/90_train.ipynb #5f29d6d2
@@ -439,13 +444,13 @@ def _refused(t: trainer.LlavaTrainer) -> int:
     if t.is_world_process_zero():
         (out / "not_finite.json").write_text(json.dumps({"step": step, "learning_rate": t.optimizer.param_groups[0]["lr"], "rows": rows}, indent=1))
         ids = [i for r in rows for i in r["records"]]
-        print(f"llava_nb: step {step}: the gradient is not finite (rank {', '.join(map(str, sorted({r['rank'] for r in rows})))}; records {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}); "
-              f"no weight was changed by this step, all rows are in {out / 'not_finite.json'}; look at them, or lower the learning rate, and go on with the same command", file=sys.stderr, flush=True)
+        terminal.say(f"llava_nb: step {step}: the gradient is not finite (rank {', '.join(map(str, sorted({r['rank'] for r in rows})))}; records {terminal.printable(', '.join(ids[:8]))}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}); "
+              f"no weight was changed by this step, all rows are in {out / 'not_finite.json'}; look at them, or lower the learning rate, and go on with the same command", error=True)
     return _end(guard.NOT_FINITE)
 
 def _unsaved(t: trainer.LlavaTrainer, error: storage.StorageFailed) -> int:
     if t.is_world_process_zero():
-        print(f"llava_nb: step {t.state.global_step} of {t.state.max_steps}: {error}; {f'the same command goes on from checkpoint-{t.sealed}' if t.sealed else 'there is no checkpoint'}, once there is room for it in {t.args.output_dir}", file=sys.stderr, flush=True)
+        terminal.say(f"llava_nb: step {t.state.global_step} of {t.state.max_steps}: {terminal.one_line(error)}; {f'the same command goes on from checkpoint-{t.sealed}' if t.sealed else 'there is no checkpoint'}, once there is room for it in {t.args.output_dir}", error=True)
     return _end(storage.StorageFailed.exit_code)
 
 def _end(code: int) -> int: # all ranks together
@@ -456,11 +461,11 @@ def _end(code: int) -> int: # all ranks together
 def _write_down(run: config.Run, args, pieces: Pieces) -> None:
     out = Path(args.output_dir)
     (out / "config_resolved.json").write_text(json.dumps({k: v for k, v in run.settings.items() if k != "resume"}, indent=2))
-    print(f"{len(pieces.dataset):,} records, {int(pieces.dataset.lengths.sum()):,} tokens, {int(pieces.dataset.supervised.sum()):,} learned", flush=True)
+    terminal.say(f"{len(pieces.dataset):,} records, {int(pieces.dataset.lengths.sum()):,} tokens, {int(pieces.dataset.supervised.sum()):,} learned")
     if pieces.dataset.quarantined:
         pieces.dataset.write_quarantine(out / "quarantine.jsonl")
-        print(f"{len(pieces.dataset.quarantined):,} bad records left out, listed in {out / 'quarantine.jsonl'}", flush=True)
-    for what, found in pieces.dataset.records.noted().items(): print(f"noted: {len(found):,} x {what}", flush=True)
+        terminal.say(f"{len(pieces.dataset.quarantined):,} bad records left out, listed in {out / 'quarantine.jsonl'}")
+    for what, found in pieces.dataset.records.noted().items(): terminal.say(f"noted: {len(found):,} x {what}")
 
 # %% ../nbs/90_train.ipynb #021b7bb0
 SHIPPED = {"lmsys/vicuna-7b-v1.5": "vicuna-7b-v1.5", "lmsys/vicuna-13b-v1.5": "vicuna-13b-v1.5", "openai/clip-vit-large-patch14-336": "clip-vit-large-patch14-336"}
@@ -538,15 +543,15 @@ def dry_run(
     run: config.Run,
 ) -> int: # exit code
     "Print parameters, groups, steps, tokens and schedule; read no weights."
-    for note in run.notes: print(f"note: {note}")
+    for note in run.notes: terminal.say(f"note: {terminal.printable(note)}")
     args, model = training_fields(run), dry_model(run.model)
     check_length(run, model.config.image_seq_length)
     llava.freeze(model, run.stage)
-    print(f"stage {run.stage}: {run.model.model or run.model.language_model} + {run.model.vision_tower or 'its tower'}, template {run.data.template}, images {run.data.image_aspect_ratio}")
+    terminal.say(f"stage {run.stage}: {run.model.model or run.model.language_model} + {run.model.vision_tower or 'its tower'}, template {run.data.template}, images {run.data.image_aspect_ratio}")
     for part, ps in llava.parts(model).items():
-        print(f"  {part:15} {sum(p.numel() for p in ps) / 1e6:>10,.2f}M  {'trains' if any(p.requires_grad for p in ps) else 'frozen'}")
+        terminal.say(f"  {part:15} {sum(p.numel() for p in ps) / 1e6:>10,.2f}M  {'trains' if any(p.requires_grad for p in ps) else 'frozen'}")
     for g in optim.parameter_groups(model, args.learning_rate, args.weight_decay, args.projector_lr):
-        print(f"  group {g['name']:24} {sum(p.numel() for p in g['params']) / 1e6:>10,.2f}M  lr {g['lr']:g}  weight decay {g['weight_decay']:g}")
+        terminal.say(f"  group {g['name']:24} {sum(p.numel() for p in g['params']) / 1e6:>10,.2f}M  lr {g['lr']:g}  weight decay {g['weight_decay']:g}")
     _print_schedule(run, args, model)
     return 0
 
@@ -555,14 +560,14 @@ def _print_schedule(run: config.Run, args: argparse.Namespace, model: transforme
     n, tokens, how, has_image, pictures = size_of_data(run, model.config.image_seq_length)
     batch = world * micro * accumulation
     steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_of_epoch(args, n, has_image) * args.num_train_epochs)
-    print(f"  data            {n:,} records, {tokens:,.0f} tokens each ({how})")
-    print(f"  steps           {steps:,} of {batch} records ({world} ranks x {micro} x {accumulation} accumulation), {tokens * min(batch, n):,.0f} tokens a step")
+    terminal.say(f"  data            {n:,} records, {tokens:,.0f} tokens each ({how})")
+    terminal.say(f"  steps           {steps:,} of {batch} records ({world} ranks x {micro} x {accumulation} accumulation), {tokens * min(batch, n):,.0f} tokens a step")
     warm = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
     schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warm, num_training_steps=steps)
-    if pictures: print(_cache_line(model, n, tokens, sum(has_image), pictures, steps * batch / n, run.stage))
+    if pictures: terminal.say(_cache_line(model, n, tokens, sum(has_image), pictures, steps * batch / n, run.stage))
     at = sorted({0, warm, steps // 2, steps})
-    print(f"  schedule        warm-up {warm} steps; " + ", ".join(f"step {s}: {lr * schedule.lr_lambdas[0](s):.2e}" for s in at))
+    terminal.say(f"  schedule        warm-up {warm} steps; " + ", ".join(f"step {s}: {lr * schedule.lr_lambdas[0](s):.2e}" for s in at))
 
 def _cache_line(model: transformers.LlavaForConditionalGeneration, n: int, tokens: float, shown: int, pictures: int, epochs: float, stage: int) -> str:
     work = meter.Work(n, round(n * tokens), 0, shown, round(n * tokens ** 2))
@@ -601,11 +606,11 @@ def examine(
     for path in filter(None, (run.data.data_path, run.data.eval_data_path)):
         file, source = places(run, path)
         found.add(records.with_pictures(records.Records.from_files(file, gate, run.data.records_cache), source), source, run.run.deep)
-    print(doctor.summary(found))
-    if not found.good: print(f"{run.data.data_path}: no record to train on")
+    terminal.say(doctor.summary(found))
+    if not found.good: terminal.say(f"{run.data.data_path}: no record to train on")
     out = Path(training_fields(run).output_dir or f"runs/stage{run.stage}")
     doctor.write(found, gate, out)
-    print(f"all of them, with pictures: {out / 'findings.html'} and {out / 'findings.jsonl'}")
+    terminal.say(f"all of them, with pictures: {out / 'findings.html'} and {out / 'findings.jsonl'}")
     stop = records.stopping(found.problems, run.data.bad_records)
     if found.problems and not stop: records.check_budget(len(found.problems), found.total, run.data.max_bad)
     return 2 if stop or not found.good else 0
@@ -616,8 +621,8 @@ def verify(
     "Read a run's folder against its seals and say what can be done with it."
     if not Path(run_dir).is_dir(): raise FileNotFoundError(f"{run_dir}: no such folder")
     found = checkpoint.survey(run_dir)
-    for what, verdict, well in found: print(f"{'' if well else 'BAD  '}{what}: {verdict}")
-    if not found: print(f"{run_dir}: no checkpoint and no sealed result")
+    for what, verdict, well in found: terminal.say(f"{'' if well else 'BAD  '}{terminal.printable(what)}: {terminal.printable(verdict)}")
+    if not found: terminal.say(f"{run_dir}: no checkpoint and no sealed result")
     return 0 if found and all(well for *_, well in found) else storage.NoCheckpoint.exit_code
 
 def help_text() -> str:
@@ -635,7 +640,7 @@ def main(
     if argv[:1] == ["convert"]: return convert.main(argv[1:])
     if argv[:1] == ["launch"]: return launch.launch(argv[1:])
     if not argv or set(argv) & {"--help", "-h"}:
-        print(help_text()); return 0 if argv else 2
+        terminal.say(help_text()); return 0 if argv else 2
     with contextlib.ExitStack() as held:
         try:
             trust.check_versions()
@@ -645,13 +650,14 @@ def main(
             if run.run.dry_run: return dry_run(run)
             ready = prepare(run, held)
         except (ValueError, OSError) as e:
-            if zero.rank() == 0: print(f"llava_nb: {config.one_line(e)}", file=sys.stderr, flush=True)
+            if zero.rank() == 0: terminal.say(f"llava_nb: {terminal.one_line(e)}", error=True)
             return getattr(e, "exit_code", 2)
         return watch.over(ready.watch, execute, run, ready)
 
 # %% ../nbs/90_train.ipynb #6365fd7b
 def program() -> NoReturn:
     "The command `llava_nb`: `main`, then out. A signal before the first step ends it at once: nothing is lost."
+    terminal.take_over()
     for s in guard.Guard.signals: signal.signal(s, _not_begun)
     zero.leave(watch.note(main(), zero.rank()))
 

@@ -37,6 +37,7 @@ from .records import record_id
 from .sampler import Plan
 from .state import Training, check_optimizer, load_random, load_state, pieces, save_state
 from .storage import StorageFailed, check_room, fail_point, note
+from .terminal import one_line, say
 from .watch import TrainingWatchdog
 from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, unpartitioned, world_size
 
@@ -231,7 +232,7 @@ class SealedTrainer(MeteredTrainer):
             if self.args.should_save:
                 counts = (folder / MANIFEST).is_file()
                 if not counts: shutil.rmtree(folder, ignore_errors=True)
-                print(f"ALARM: {folder.name} {'is sealed, and what comes after that failed' if counts else 'could not be saved'} ({e}); training goes on, {self.failed} of {self.patience} failures in a row that end it", file=sys.stderr, flush=True)
+                say(f"ALARM: {folder.name} {'is sealed, and what comes after that failed' if counts else 'could not be saved'} ({one_line(e)}); training goes on, {self.failed} of {self.patience} failures in a row that end it", error=True)
             if self.failed == self.patience: raise
         else: self.failed = 0
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
@@ -21,6 +20,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
+
+from .terminal import say, shown
 
 # %% ../nbs/02_trust.ipynb #692647e0
 def _root(folder: Path) -> Path:
@@ -56,9 +57,9 @@ def check_config(
     except (ValueError, RecursionError) as e: raise ValueError(f"{path}: not readable as JSON ({type(e).__name__}); its download may not be complete") from None
     while todo:
         under, value = todo.pop()
-        if isinstance(value, str) and under and not re.fullmatch(r"[\w-]*", value): raise ValueError(f"{path}: {under} {value!r} is no name that transformers has of its own; it could be fetched and run. Take the key out, or use another model")
+        if isinstance(value, str) and under and not re.fullmatch(r"[\w-]*", value): raise ValueError(f"{path}: {under} {shown(value)} is no name that transformers has of its own; it could be fetched and run. Take the key out, or use another model")
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-            if key in REFUSED and inner is not None and inner is not False: raise ValueError(f"{path}: {key!r} names {REFUSED[key]}, and is not followed; take the key out if the model does without, or use another model")
+            if key in REFUSED and inner is not None and inner is not False: raise ValueError(f"{path}: {shown(key)} names {REFUSED[key]}, and is not followed; take the key out if the model does without, or use another model")
             todo.append((key if key in NAMES else under, inner))
 
 # %% ../nbs/02_trust.ipynb #27cd2922
@@ -78,7 +79,7 @@ def check_index(
     try: names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError): raise ValueError(f"{path}: not an index of weights; fetch it again") from None
     for name in sorted(map(str, names)):
-        if not re.fullmatch(r"[\w-][\w.-]*", name): raise ValueError(f"{path}: names {name!r}, which is not a file beside it; use another model")
+        if not re.fullmatch(r"[\w-][\w.-]*", name): raise ValueError(f"{path}: names {shown(name)}, which is not a file beside it; use another model")
         if name.endswith(".safetensors") and not (path.parent / name).is_file(): raise ValueError(f"{path}: names {name}, which is missing; fetch it again")
 
 # %% ../nbs/02_trust.ipynb #2e6871b3
@@ -111,7 +112,7 @@ FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 @cache
 def _newest(name: str, local_files_only: bool) -> str: # a revision
     found = Path(snapshot_download(name, allow_patterns="config.json", local_files_only=local_files_only)).name
-    if os.environ.get("RANK", "0") == "0": print(f"note: {name} is used as of revision {found}; {name}@{found} stays with it", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0": say(f"note: {name} is used as of revision {found}; {name}@{found} stays with it", error=True)
     return found
 
 def fetched(

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, LlavaImageProcessorPil, PreTrainedConfig
 
 import llava_nb.trust as trust
+from .terminal import shown
 from . import efficientnet
 
 # %% ../nbs/20_vision.ipynb #eed13b33
@@ -48,7 +49,7 @@ def feature_count(
 ) -> int: # features an image, placeholders an `<image>`
     "Ask a weightless copy of the tower how many features it gives an image."
     if select_strategy not in ("default", "full"):
-        raise ValueError(f"vision_feature_select_strategy {select_strategy!r} is unknown; use 'default' (drop the class token) or 'full'")
+        raise ValueError(f"vision_feature_select_strategy {shown(select_strategy)} is unknown; use 'default' (drop the class token) or 'full'")
     with torch.device("meta"):
         tower = AutoModel.from_config(config)
         pixels = torch.empty(1, 3, image_size(config), image_size(config))

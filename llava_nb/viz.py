@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from .terminal import shown
+
 # %% ../nbs/01_viz.ipynb #24795929
 COLOURS = ("#0b6e4f", "#c2571a", "#3d5a98", "#8a6d00", "#8e3b76", "#4d4d4d")   # each at least 4.5:1 on white
 STYLE = {
@@ -71,7 +73,7 @@ def table(
     "Rows as an HTML table"
     rows = [list(row) for row in rows]
     for i, row in enumerate(rows):
-        if len(row) != len(header): raise ValueError(f"row {i} has {len(row)} values and the header names {len(header)} columns: {row!r}")
+        if len(row) != len(header): raise ValueError(f"row {i} has {len(row)} values and the header names {len(header)} columns: {shown(row)}")
     head = "".join(f'<th style="text-align: left">{html.escape(str(name))}</th>' for name in header)
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return Html(f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>", f"<table of {len(rows)} rows>")

@@ -35,6 +35,7 @@ import torch
 from transformers import TrainerCallback
 
 from .records import record_id
+from .terminal import say
 
 # %% ../nbs/27_watch.ipynb #fdc2a741
 DATA, LOST, MEMORY = 6, 8, 9      # exit codes: data do not come; a rank does not go on or is gone; out of memory
@@ -201,7 +202,7 @@ def _give_up(dog: Watchdog, code: int, why: str = "") -> NoReturn:
     others = [dog.stacks(r) for r in range(dog.ranks) if r != dog.rank]
     why = why or f"no sign of life for {dog.heart.idle:.0f} s, in phase {dog.heart.phase!r}" + (f": {dog.waits_for()}" if code == DATA else "")
     if others: ask_for_stacks(others)
-    print(f"llava_nb: {dog.where()}: {why}; what every rank was doing is in {dog.folder / 'stacks-rank*.txt'}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    say(f"llava_nb: {dog.where()}: {why}; what every rank was doing is in {dog.folder / 'stacks-rank*.txt'}; the same command goes on from the last checkpoint", error=True)
     end(code, dog.rank)
 
 # %% ../nbs/27_watch.ipynb #1735fab2
@@ -259,7 +260,7 @@ class TrainingWatchdog(Watchdog, TrainerCallback):
         self.heart.beat("step")
         if self.trainer and (torch.cuda.is_available() if args.preflight is None else args.preflight):
             tokens, pictures = preflight(self.trainer)
-            if state.is_world_process_zero: print(f"preflight: the longest row, {tokens:,} tokens and {pictures} pictures, fits", flush=True)
+            if state.is_world_process_zero: say(f"preflight: the longest row, {tokens:,} tokens and {pictures} pictures, fits")
             self.heart.beat("step")
 
     def on_substep_end(self, args, state, control, **kwargs): self.micro += 1; self.heart.beat("step")
@@ -317,7 +318,7 @@ def _failed(dog: TrainingWatchdog, code: int, error: BaseException) -> int:
     "One line; the exit code."
     _no_news_of_workers()
     said = {MEMORY: lambda e: _out_of_memory(dog, e), DATA: lambda e: _lost_worker(dog, e), LOST: lambda e: f"another rank is gone ({last_words(e).split('. ')[0]})"}[code](error)
-    print(f"llava_nb: {dog.where()}: {said}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    say(f"llava_nb: {dog.where()}: {said}; the same command goes on from the last checkpoint", error=True)
     kill_children()
     if dog.ranks == 1: return code
     signal.signal(signal.SIGTERM, signal.SIG_IGN); dog.heart.beat("saving")
@@ -440,5 +441,5 @@ class LossAlarm(TrainerCallback):
         if not logs or "loss" not in logs or not math.isfinite(logs["loss"]): return
         out = self.height(logs["loss"])
         if out > self.deviations and state.is_world_process_zero:
-            print(f"alarm: step {state.global_step}: the loss {logs['loss']:.4f} lies {out:.0f} deviations above the median {statistics.median(self.seen):.4f} of the last {len(self.seen)}; nothing was changed", flush=True)
+            say(f"alarm: step {state.global_step}: the loss {logs['loss']:.4f} lies {out:.0f} deviations above the median {statistics.median(self.seen):.4f} of the last {len(self.seen)}; nothing was changed")
         self.seen.append(logs["loss"])

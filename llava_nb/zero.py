@@ -21,6 +21,7 @@ from typing import NoReturn
 import torch
 
 from .storage import STORAGE_ERRORS, StorageFailed
+from .terminal import shown
 
 # %% ../nbs/31_zero.ipynb #da30e29a
 def bytes_per_rank(
@@ -41,7 +42,7 @@ def deepspeed_config(
 ) -> dict: # for `TrainingArguments(deepspeed=...)`; "auto" is filled in by transformers
     "DeepSpeed's configuration for one stage of LLaVA (reference: scripts/zero2.json, zero3.json)."
     if stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero {stage!r} is not a ZeRO stage; use 0, 1, 2 or 3")
+        raise ValueError(f"zero {shown(stage)} is not a ZeRO stage; use 0, 1, 2 or 3")
     zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1_000_000_000, "reduce_bucket_size": "auto"}
     if stage == 3:
         zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1_000_000_000,
@@ -75,7 +76,7 @@ def read_deepspeed_config(
     except json.JSONDecodeError as e: raise ValueError(f"{path}: not JSON ({e})") from None
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise ValueError(f"{path}: the key {key!r} makes DeepSpeed build its own and collapses the parameter groups (projector_lr would be ignored); remove it")
+            raise ValueError(f"{path}: the key {shown(key)} makes DeepSpeed build its own and collapses the parameter groups (projector_lr would be ignored); remove it")
     if config.get("zero_optimization", {}).get("stage") == 3: config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True      # else checkpoints are pickles of parts
     if config.get("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = max_grad_norm

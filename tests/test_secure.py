@@ -380,6 +380,29 @@ def test_the_look_at_the_package_can_find_something():
     assert sorted(doubtful(ast.parse(bad))) == sorted(["pickle", "httpx", "urllib.request", "eval", "torch.load", "torch.jit.load", "AutoModel.from_pretrained", "shell=", "trust_remote_code="])
 
 
+# What leaves the program
+
+def writes(tree: ast.AST) -> list[str]:
+    """Calls that write to the terminal, and the names of its streams handed on."""
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    found = [ast.unparse(c.func) for c in calls if isinstance(c.func, ast.Name) and c.func.id in ("print", "input")]
+    found += [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n) in ("sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__")]
+    found += [ast.unparse(c.func) for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr in ("print_exc", "print_help", "print_usage", "print_exception")]
+    found += ["tqdm.write" for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr == "write" and ast.unparse(c.func.value).endswith(("bar", "tqdm"))]
+    return sorted(found)
+
+
+MAY_WRITE = {"terminal": ["sys.stderr", "sys.stdout"], "chat": ["input"], "watch": ["sys.stderr", "sys.stdout"], "zero": ["sys.stderr", "sys.stdout"]}      # the last two flush, and the question is asked
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_only_the_terminal_module_writes(path): assert writes(ast.parse(path.read_text())) == MAY_WRITE.get(path.stem, [])
+
+
+def test_the_search_for_writes_can_find_something():
+    assert len(writes(ast.parse("print(1)\nsys.stderr.write('x')\nself.training_bar.write('x')\ntqdm.write('x')\ntraceback.print_exc()"))) == 5
+
+
 # Versions, network
 
 def test_libraries_with_known_holes_are_refused(monkeypatch, capsys):
