@@ -268,7 +268,7 @@ def main() -> None:
     if CUDA and model_state(config) > .9 * room: p.error(f"{name} holds {model_state(config) / 1e9:.0f} GB before any activation, this GPU {room / 1e9:.0f} GB in all")
     checkpointed, max_tokens = shape.checkpointed if args.checkpointed is None else args.checkpointed, args.max_tokens or 16_384 // shape.shorter
     rates, model = device_rates(DEVICE, dtype), built(config, dtype, checkpointed)
-    backend = use_attention(model, args.attention, DEVICE, dtype); use_loss_kernel(model, args.loss_kernel, DEVICE, dtype)
+    backend, refused = use_attention(model, args.attention, DEVICE, dtype); use_loss_kernel(model, args.loss_kernel, DEVICE, dtype)
     meter = Meter(shape_of(model), stage=2, ranks=1, rates=rates)
     with tempfile.TemporaryDirectory() as folder:
         mixture = Mixture(config, shape.shorter, picture(Path(folder)))
@@ -276,7 +276,7 @@ def main() -> None:
         found = rounds(model, steps, mixture.spread(args.steps), args.workers, start + 60 * args.minutes)
     found_table, size = table(found, steps, meter), sum(p.numel() for p in model.parameters())
     about = [f"{date.today():%d %B %Y}", torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads of {cpu_name()}", f"torch {torch.__version__}", f"transformers {transformers.__version__}",
-             f"`{' '.join(['python bench/gpu.py', *sys.argv[1:]])}`", f"{name} ({size / 1e6:,.1f}M parameters, {str(dtype).removeprefix('torch.')})", f"attention {backend}", f"loss {args.loss_kernel}",
+             f"`{' '.join(['python bench/gpu.py', *sys.argv[1:]])}`", f"{name} ({size / 1e6:,.1f}M parameters, {str(dtype).removeprefix('torch.')})", f"attention {', not '.join([backend, *(f'{name} ({why})' for name, why in refused.items())])}", f"loss {args.loss_kernel}",
              f"{checkpointed} layers checkpointed", f"at most {max_tokens:,} tokens a micro-step", f"{min(map(len, found.values()))} steps of {BATCH} records",
              *(f"{n} {r / 1e12:,.2f} TFLOP/s" for n, r in rates.items()), f"{(time.perf_counter() - start) / 60:.1f} min"]
     print(", ".join(about), found_table, sep="\n\n")

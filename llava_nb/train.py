@@ -316,9 +316,11 @@ def load_model(
     model = llava.load_llava(start, dtype)
     llava.freeze(model, args.stage)
     if run.model.projector not in (None, "random"): llava.load_projector(model, run.model.projector)
-    used = attention.use_attention(model, run.model.attention, args.device, autocast)
+    used, refused = attention.use_attention(model, run.model.attention, args.device, autocast)
     cross_entropy.use_loss_kernel(model, run.model.loss_kernel, args.device, autocast)
-    if args.process_index == 0: terminal.say(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}")
+    if args.process_index == 0:
+        terminal.say(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}")
+        for name, why in refused.items(): terminal.say(f"note: attention {name} is not used: {why}")
     model.config.llava_nb |= {"template": run.data.template, "image_aspect_ratio": run.data.image_aspect_ratio}
     return model
 

@@ -1,4 +1,5 @@
 """Attention's GPU kernels, as far as a CPU can tell: their own interfaces run, forward and backward, with dense arithmetic for CUDA (`stand_ins.stood_in`)."""
+import inspect
 import os
 import subprocess
 import sys
@@ -6,12 +7,12 @@ import venv
 
 import pytest
 import torch
-from stand_ins import CALLS, stood_in
+from stand_ins import CALLS, VERSIONS, stood_in, torch_version
 from runs import ROOT, TIMEOUT, config, launch, make_world
 from test_model import SHAPE, assert_equal, loss_and_gradients, samples
 from torch._dynamo.utils import counters
 
-from llava_nb.attention import BACKENDS, objection, record_lengths, use_attention
+from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.llava import RECOMPUTE, freeze, set_recompute, tiny_llava
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.objective import row_loss
@@ -41,14 +42,45 @@ def expected(model):
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 16)], ids=["as many keys", "shared keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-def test_a_kernel_agrees_with_sdpa_forward_and_backward(backend, heads, dtype):
-    assert not objection(backend, "cpu", dtype, heads, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+@pytest.mark.parametrize("window", [None, 2, 7, 130], ids=lambda w: f"window {w}")
+def test_a_kernel_agrees_with_sdpa_forward_and_backward(backend, heads, dtype, window):
+    assert not objection(backend, "cpu", dtype, heads, window, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 16)], ids=["as many keys", "shared keys"])
+def test_varlen_runs_with_the_signature_of_each_version_of_torch(version, heads):
+    with torch_version(version):
+        assert [objection("varlen", "cpu", torch.float32, heads, window, tolerance=1e-5) for window in (None, 7)] == ["", ""]
+
+
+def test_the_signature_of_the_newest_version_is_the_installed_one():
+    import torch.nn.attention.varlen as varlen
+    names = lambda f: [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+    if torch.__version__.startswith("2.13"): assert names(varlen.varlen_attn) == names(VERSIONS["2.13"])
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_a_kernel_that_forgets_the_window_is_caught(backend, monkeypatch):
+    kernel = BACKENDS[backend]
+    monkeypatch.setitem(BACKENDS, backend, lambda *given, sliding_window=None, **others: kernel(*given, **others))
+    assert not objection(backend, "cpu", torch.float32)
+    assert objection(backend, "cpu", torch.float32, window=4096).startswith("it differs from sdpa by")
+
+
+def test_auto_says_what_it_refuses_and_why(monkeypatch):
+    monkeypatch.setattr("llava_nb.attention.objection", lambda backend, device, dtype, heads, window: "it is warm" if backend == "varlen" else "it is far" if backend == "flash" and window else "")
+    assert choose_attention("auto", "cuda", torch.bfloat16, windows=(None, 512)) == ("flex", {"varlen": "it is warm", "flash": "it is far"})
+    assert choose_attention("auto", "cuda", torch.bfloat16) == ("flash", {"varlen": "it is warm"})
+    with pytest.raises(ValueError, match="'flash' cannot be used on cuda .*: it is far; 'auto' takes"): choose_attention("flash", "cuda", torch.bfloat16, windows=(None, 512))
+    monkeypatch.setattr("llava_nb.attention.objection", lambda backend, *rest: "no")
+    assert choose_attention("auto", "cuda", torch.bfloat16) == ("sdpa", dict.fromkeys(("varlen", "flash", "flex"), "no"))
 
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @pytest.mark.parametrize("how", RECOMPUTE)
 def test_a_row_has_the_same_loss_and_gradients_with_every_kernel_and_recomputation(model, expected, backend, how):
-    assert use_attention(model, backend, "cpu", torch.float32) == backend
+    assert use_attention(model, backend, "cpu", torch.float32) == (backend, {})
     set_recompute(model, how); CALLS.clear()
     assert_equal(loss_and_gradients(model, row_loss, collate_packed(samples(model, 4), SHAPE)), expected)
     if backend != "flex": assert dict(CALLS) == {"forward": 4 if how == "full" else 2, "backward": 2}      # two layers; "cheap" keeps what attention gave

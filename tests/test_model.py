@@ -74,7 +74,7 @@ HERE = [b for b in BACKENDS if not objection(b, DEVICE, DTYPE, (4, 2, 16))]     
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("changed", range(4))
 def test_a_record_does_not_see_the_others(model, changed, backend):
-    assert use_attention(model, backend, DEVICE, DTYPE) == backend
+    assert use_attention(model, backend, DEVICE, DTYPE) == (backend, {})
     pool = samples(model, 4)
     row = collate_packed(pool, SHAPE)
     lengths = record_lengths(row["position_ids"])
@@ -96,14 +96,14 @@ def test_a_record_does_not_see_the_others(model, changed, backend):
 
 
 def test_a_kernel_that_does_not_prove_itself_is_not_taken(monkeypatch):
-    assert "sdpa" in HERE and choose_attention("auto", "cpu", torch.float32) == "sdpa"
+    assert "sdpa" in HERE and choose_attention("auto", "cpu", torch.float32) == ("sdpa", {})
     with pytest.raises(ValueError, match="attention 'warp' is unknown; use auto, varlen"): choose_attention("warp", "cpu", torch.float32)
     monkeypatch.setitem(BACKENDS, "varlen", lambda module, q, k, v, position_ids, **kw: BACKENDS["sdpa"](module, q, k, v, torch.arange(q.shape[2])[None], **kw))
     with pytest.raises(ValueError, match=r"cannot be used on cpu .*differs from sdpa by"): choose_attention("varlen", "cpu", torch.float32)
     monkeypatch.setitem(BACKENDS, "varlen", lambda *a, **kw: 1 / 0)
     with pytest.raises(ValueError, match=r"does not run here \(ZeroDivisionError"): choose_attention("varlen", "cpu", torch.float32)
     monkeypatch.setitem(BACKENDS, "varlen", BACKENDS["sdpa"])
-    assert choose_attention("varlen", "cpu", torch.float32) == "varlen"
+    assert choose_attention("varlen", "cpu", torch.float32) == ("varlen", {})
 
 
 def test_a_loss_kernel_that_does_not_prove_itself_is_not_taken(monkeypatch):
