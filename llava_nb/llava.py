@@ -197,11 +197,13 @@ def set_recompute(
 ) -> None:
     "What the decoder's layers compute again in the backward pass (gradient checkpointing)."
     if how not in RECOMPUTE: raise ValueError(f"recompute {shown(how)} is unknown; use {', '.join(RECOMPUTE)}")
-    enable, disable = (getattr(model, f"activation_checkpointing_{do}", None) or getattr(model, f"gradient_checkpointing_{do}") for do in ("enable", "disable"))      # transformers' new name, and its old
+    new, old = "activation_checkpointing_", "gradient_checkpointing_"      # transformers' names for it, since 5.19 and before
+    enable, disable = (getattr(model, new + do, None) or getattr(model, old + do) for do in ("enable", "disable"))
     disable()
     if how == "none": return
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)} if how == "cheap" else {}
     enable({"use_reentrant": False} | contexts)
+    model.disable_input_require_grads()      # hooks for reentrant checkpoints: the frozen tower would keep its activations
 
 def _keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
     name = op.name().split("::")[-1].split(".")[0]       # aten::mm, aten::addmm.out, flex_attention

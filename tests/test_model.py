@@ -1,4 +1,5 @@
 """Packing, objective, model and optimizer: what must not change when the layout, the cut or the tower does."""
+import contextlib
 import itertools
 
 import pytest
@@ -9,7 +10,8 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil,
 from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.checkpoint import save_llava, save_projector
 from llava_nb.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection, text_logits, use_loss_kernel, weighted_cross_entropy
-from llava_nb.llava import add_image_token, build_llava, freeze, load_llava, load_projector, load_tower, parts, projector_state, tiny_llava, unused_layers
+from llava_nb.llava import (RECOMPUTE, add_image_token, build_llava, freeze, load_llava, load_projector, load_tower, parts, projector_state, set_recompute, tiny_llava,
+                            unused_layers)
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights
 from llava_nb.optim import parameter_groups
@@ -263,6 +265,34 @@ def test_linear_cross_entropy_in_bf16_sums_in_float32():
     weighted_cross_entropy(hidden.float() @ exact.T, targets, weights).backward()
     linear_cross_entropy(hidden, weight, None, targets, weights, 64, 64, chunk=64).backward()
     assert (weight.grad.float() - exact.grad).abs().max() < .01 * exact.grad.abs().max()
+
+
+@contextlib.contextmanager
+def graphs_of_tower(model):
+    """The gradient functions of all that the tower's modules give while a row goes through, and the tensors that its passes save for backward."""
+    found, saved = [], []
+    tower = model.model.vision_tower
+    def note(module, args, out):
+        tensors = [t for t in torch.utils._pytree.tree_leaves((out, dict(out) if hasattr(out, "keys") else ())) if isinstance(t, torch.Tensor)]
+        found.extend(t.grad_fn or t.requires_grad for t in tensors)
+    inside = []
+    handles = [m.register_forward_hook(note) for m in tower.modules()]
+    handles += [tower.register_forward_pre_hook(lambda *a: inside.append(1) and None), tower.register_forward_hook(lambda *a: inside.clear())]
+    def pack(t):
+        if inside: saved.append(t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): yield found, saved
+    for h in handles: h.remove()
+
+
+@pytest.mark.parametrize("how", RECOMPUTE)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_frozen_tower_has_no_graph_whatever_is_recomputed(model, stage, how):
+    freeze(model, stage); model.train(); set_recompute(model, how)
+    with graphs_of_tower(model) as (found, saved): row_loss(model, collate_packed(samples(model), SHAPE), 2048, model.config.image_token_id).backward()
+    assert len(found) > 10 and not any(found) and not saved
+    assert all(p.grad is not None for p in model.model.multi_modal_projector.parameters())
+    set_recompute(model, "none"); freeze(model, 2)
 
 
 def calls_of(module) -> list:
