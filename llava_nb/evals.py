@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from .conversation import ChatTemplate, Plain, Template, normalise
+from .conversation import Template, normalise
 from .imageproc import ImageTransform
 from .masking import Encoder
 
@@ -53,7 +53,7 @@ def left_padded(
 def answer(
     model: LlavaForConditionalGeneration, # with `config.llava_nb`
     tokenizer: PreTrainedTokenizerBase,
-    template: Template | Plain | ChatTemplate, # the one it was trained with
+    template: Template, # the one it was trained with
     transform: ImageTransform,
     records: Sequence[dict], # one question and its answer each
     image_folder: str | Path,

@@ -40,7 +40,7 @@ from pyarrow import parquet
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .conversation import IMAGE_TOKEN, ChatTemplate, Plain, Template, normalise
+from .conversation import IMAGE_TOKEN, Template, normalise
 from .imageproc import ImageTransform
 from .masking import IGNORE_INDEX, Encoded, Encoder
 from .terminal import Lines, one_line, printable, say, shown
@@ -202,7 +202,7 @@ def record_id(record) -> str: # short, and fit to be printed
 
 def encode(
     record: dict,
-    template: Template | Plain | ChatTemplate,
+    template: Template,
     encoder: Encoder,
 ) -> Encoded:
     "A record's ids and labels, or a ValueError with the reason."
@@ -265,7 +265,7 @@ SCHEMA = pa.schema([("file", pa.int16()), ("index", pa.int64()), ("id", pa.strin
 @dataclass(frozen=True)
 class Gate:
     "What every record must pass, and what is then known of it."
-    template: Template | Plain | ChatTemplate
+    template: Template
     encoder: Encoder
     repair: bool = True     # drop a first answer and a last question that stand alone; False: they are faults
 
@@ -637,7 +637,7 @@ class LlavaDataset(Dataset):
     "Checked records as token ids, labels and pixels."
     def __init__(self,
         records: list[dict] | str | Path, # in memory, or files for `read_records`
-        template: Template | Plain | ChatTemplate,
+        template: Template,
         encoder: Encoder,
         image_transform: ImageTransform | None = None, # needed if a record has a picture
         image_folder: str | Path | Folder | None = None, # where `image` paths start

@@ -214,7 +214,7 @@ def test_plain_ends_at_a_newline(parts):
 
 
 def test_plain_takes_one_picture(parts):
-    with pytest.raises(ValueError, match="template 'plain' shows 1 pictures and 0 were given"): Chat(*parts, template="plain").ask("What?")
+    with pytest.raises(ValueError, match="template 'plain' takes one question with <image>"): Chat(*parts, template="plain").ask("What?")
 
 
 def test_a_picture_of_any_mode(parts):
