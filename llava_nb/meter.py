@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from .llava import full_shape
+from .llava import full_shape, unused_layers
 from .packing import RowCost
 
 # %% ../nbs/23_meter.ipynb #2536bced
@@ -70,12 +70,13 @@ class ModelShape:
 def shape_of(
     model: LlavaForConditionalGeneration, # of any device; partitioned or not
 ) -> ModelShape:
-    "Read a model's shape."
+    "Read a model's shape; tower layers behind the one whose features are used do not run."
     size = lambda module, but=None: sum(math.prod(full_shape(p)) for p in module.parameters() if p is not but and len(full_shape(p)) > 1)
     text, inner = model.config.text_config, model.model
+    tower = size(inner.vision_tower) - sum(map(size, unused_layers(model)))
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     return ModelShape(size(inner.language_model, but=inner.language_model.get_input_embeddings().weight), math.prod(full_shape(model.lm_head.weight)),
-                      text.num_hidden_layers, width, size(inner.multi_modal_projector), size(inner.vision_tower), model.config.image_seq_length)
+                      text.num_hidden_layers, width, size(inner.multi_modal_projector), tower, model.config.image_seq_length)
 
 # %% ../nbs/23_meter.ipynb #c83fb160
 DATASHEET = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "RTX 4090": 165e12, "L4": 121e12}   # dense bf16, operations a second

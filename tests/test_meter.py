@@ -10,7 +10,7 @@ from llava_nb.train import architecture
 from llava_nb.trainer import PlanSampler
 from llava_nb.vision import vision_config
 
-TOWER = 24 * (4 * 1024 ** 2 + 2 * 1024 * 4096) + 1024 * 3 * 14 * 14 + 577 * 1024       # CLIP-L/14-336: layers, patches, positions
+TOWER = 23 * (4 * 1024 ** 2 + 2 * 1024 * 4096) + 1024 * 3 * 14 * 14 + 577 * 1024       # CLIP-L/14-336: layers but the last, whose output nobody reads, patches, positions
 HAND = {"7b": (32, 4096, 11008), "13b": (40, 5120, 13824)}                              # layers, width, MLP width
 
 
