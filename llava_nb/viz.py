@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'CHIPS', 'BLANKS', 'LINE', 'GAP', 'style', 'setup', 'Html', 'table', 'token_strip', 'image_grid',
-           'bars', 'dialogue']
+           'bars', 'dialogue', 'architecture']
 
 # %% ../nbs/01_viz.ipynb #96f73e0a
 import html
@@ -184,4 +184,32 @@ def dialogue(
         chat = fig.add_axes((2 / 6.8, 0, 4.8 / 6.8, 1), xlim=(0, 1), ylim=(0, height))
         for ax in (picture, chat): ax.set_axis_off()
         _bubbles(chat, turns, texts, (height + need) / 2 - 0.1)
+    return fig
+
+# %% ../nbs/01_viz.ipynb #ff9d9ce3
+_PARTS = {      # x, y, text and colour of each box of `architecture`
+    "image": (0, 1, "image\n[3, 336, 336]", "white"), "tower": (1, 1, "vision tower\nCLIP ViT-L/14", "#d9d9d9"),
+    "projector": (2, 1, "projector\ntwo layers", "#bfe3d3"), "merge": (3, 0.5, "merge\nat <image>", "white"),
+    "text": (0, 0, "text\nUSER: <image> ...", "white"), "tokenizer": (1, 0, "tokenizer", "#d9d9d9"),
+    "embedding": (2, 0, "embedding", "#f6d5bd"), "llm": (4, 0.5, "language\nmodel", "#f6d5bd"), "loss": (5, 0.5, "loss on\nanswers", "white"),
+}
+_ARROWS = (("image", "tower", ""), ("tower", "projector", "[576, 1024]"), ("projector", "merge", "[576, 4096]"), ("text", "tokenizer", ""),
+           ("tokenizer", "embedding", "ids [T]"), ("embedding", "merge", "[T, 4096]"), ("merge", "llm", "[T, 4096]"), ("llm", "loss", "logits\n[T, V]"))
+
+def architecture() -> Any: # a matplotlib figure
+    "LLaVA-1.5 7B as boxes and arrows, with the shape of what passes between them"
+    from matplotlib.figure import Figure
+    with style():
+        fig = Figure(figsize=(10, 2.6))
+        ax = fig.add_axes((0, 0, 1, 1), xlim=(-0.45, 5.45), ylim=(-0.5, 1.5))
+        ax.set_axis_off()
+        for start, end, shape in _ARROWS:
+            (x0, y0, *_), (x1, y1, *_) = _PARTS[start], _PARTS[end]
+            ax.annotate("", (x1 - 0.32, y1), (x0 + 0.32, y0), arrowprops={"arrowstyle": "->", "color": "#555555"})
+            x, y = (x0 + x1) / 2 + 0.2 * (y0 != y1), (y0 + y1) / 2 + (0.08 if y0 >= y1 else -0.22)
+            ax.text(x, y, shape, ha="center", va="bottom", fontsize=8, color="#333333")
+        for x, y, text, colour in _PARTS.values():
+            ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox={"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": "#888888"})
+        for k, (text, colour) in enumerate((("always frozen", "#d9d9d9"), ("trains in stages 1 and 2", "#bfe3d3"), ("trains in stage 2", "#f6d5bd"))):
+            ax.text(3.4 + 0.75 * k, -0.35, text, ha="center", fontsize=8, bbox={"boxstyle": "round,pad=0.3", "facecolor": colour, "edgecolor": "none"})
     return fig
