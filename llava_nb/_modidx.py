@@ -814,6 +814,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'llava_nb.viz._cell': ('viz.html#_cell', 'llava_nb/viz.py'),
                               'llava_nb.viz._chip': ('viz.html#_chip', 'llava_nb/viz.py'),
                               'llava_nb.viz._sheets': ('viz.html#_sheets', 'llava_nb/viz.py'),
+                              'llava_nb.viz.architecture': ('viz.html#architecture', 'llava_nb/viz.py'),
                               'llava_nb.viz.bars': ('viz.html#bars', 'llava_nb/viz.py'),
                               'llava_nb.viz.dialogue': ('viz.html#dialogue', 'llava_nb/viz.py'),
                               'llava_nb.viz.image_grid': ('viz.html#image_grid', 'llava_nb/viz.py'),
