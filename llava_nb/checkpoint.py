@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'INNER_VISION', 'MANIFEST', 'UNSEALED', 'NOTHING', 'MADE_WITH', 'save_projector', 'llava_processor',
-           'published_state', 'save_llava', 'unsayable', 'seal', 'fault', 'checkpoints', 'resolve_resume', 'rotate',
-           'survey', 'publish', 'read_back', 'check_same', 'load_weights', 'describe']
+           'published_state', 'save_llava', 'unsayable', 'seal', 'fault', 'checkpoints', 'resolve_resume',
+           'find_checkpoint', 'rotate', 'survey', 'publish', 'read_back', 'check_same', 'load_weights', 'describe']
 
 # %% ../nbs/32_checkpoint.ipynb #515d64e0
 import hashlib
@@ -185,17 +185,20 @@ def resolve_resume(
     if error: raise NoCheckpoint(error)
     return found
 
-def _resolve(resume: str | bool | None, run_dir: Path) -> str | None:
-    for folder in checkpoints(run_dir):
-        if (folder / UNSEALED).is_file(): shutil.rmtree(folder)
-    wish, there = str(resume).lower(), checkpoints(run_dir)
+def find_checkpoint(
+    resume: str | bool | None, # see `resolve_resume`
+    run_dir: str | Path, # output folder of the run; nothing in it is changed
+) -> tuple[str | None, dict[Path, str]]: # checkpoint folder; newer ones that are damaged, and how
+    "The checkpoint that a run would go on from, or an error."
+    run_dir, wish = Path(run_dir), str(resume).lower()
+    there = [p for p in checkpoints(run_dir) if not (p / UNSEALED).is_file()]
     if wish == "false":
         if there: raise NoCheckpoint(f"{run_dir}: holds {there[-1].name} of an earlier run; move it away, or name another output_dir, to start anew")
-        return None
+        return None, {}
     if wish not in ("true", "none"):
         why = fault(resume)
         if why: raise NoCheckpoint(f"{resume}: cannot be resumed, {why}; sound ones in {run_dir}: {', '.join(p.name for p in there if not fault(p)) or 'none'}")
-        return str(resume)
+        return str(resume), {}
     faults = {}
     for folder in reversed(there):
         why = fault(folder)
@@ -204,9 +207,15 @@ def _resolve(resume: str | bool | None, run_dir: Path) -> str | None:
     else: folder = None
     before = known(run_dir).get("sealed", NOTHING if there else None) or (NOTHING if wish == "true" else None)      # None: a run began here and has sealed nothing yet
     if folder is None and before is not None: raise NoCheckpoint(f"{run_dir}: nothing to resume, " + _lost(before, faults))
+    return folder and str(folder), faults
+
+def _resolve(resume: str | bool | None, run_dir: Path) -> str | None:
+    for folder in checkpoints(run_dir):
+        if (folder / UNSEALED).is_file(): shutil.rmtree(folder)
+    found, faults = find_checkpoint(resume, run_dir)
     for bad, why in faults.items(): say(f"{printable(bad.name)}: {printable(why)}; set aside as {_set_aside(bad).name}")
-    if folder is None: note(run_dir, sealed=None)
-    return folder and str(folder)
+    if found is None and str(resume).lower() != "false": note(run_dir, sealed=None)
+    return found
 
 # %% ../nbs/32_checkpoint.ipynb #b8b719c6
 NOTHING = "nothing"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'RENAMED', 'TRANSLATED', 'MEANINGLESS', 'SWITCHES', 'ModelConfig', 'DataConfig', 'RunConfig', 'Run',
-           'field_names', 'Several', 'Problems', 'truth', 'translate', 'as_reference', 'read_settings', 'read_json',
-           'check_names', 'by_stage', 'check', 'to_json']
+           'field_names', 'Several', 'Refused', 'Problems', 'truth', 'translate', 'as_reference', 'read_settings',
+           'read_json', 'check_names', 'by_stage', 'check', 'to_json']
 
 # %% ../nbs/00_config.ipynb #f7aa94f1
 import contextlib
@@ -72,6 +72,7 @@ class Run:
     run: RunConfig
     settings: dict      # what was set, by our names
     notes: list[str]    # what to tell the user
+    absent: list[str] = field(default_factory=list)      # files that a dry run does without
 
     @property
     def stage(self) -> int: return int(self.settings.get("stage", 2))
@@ -91,6 +92,12 @@ class Several(Lines):
     ):
         self.problems, self.exit_code = list(problems), getattr(problems[0], "exit_code", 2)
         super().__init__(f"{len(problems)} things are wrong:\n" + "\n".join(f"  {one_line(p)}" for p in problems))
+
+class Refused(Lines):
+    "What another rank has refused, or what is told in short."
+    def __init__(self, said: str, exit_code: int = 2):
+        super().__init__(said)
+        self.exit_code = exit_code
 
 class Problems:
     "What checks refuse, kept until all have run."
@@ -253,7 +260,7 @@ def check(
     data: DataConfig,
     stage: int,
     projector_lr: float | None = None, # the projector's own rate
-    files: bool = True, # also that files are there; a dry run does without
+    absent: list[str] | None = None, # takes the data, pictures and projector that are not there; None: that is an error
 ) -> None:
     "Refuse what cannot work, or would not mean what it says."
     wrong = Problems()
@@ -266,20 +273,24 @@ def check(
     refuse(stage == 1 and projector_lr is not None, "stage 1 trains nothing but the projector: set `learning_rate`, not `projector_lr`")
     refuse(stage == 2 and data.template == "plain", "template 'plain' throws questions away and belongs to stage 1; use 'v1' or the language model's own ('chat_template')")
     refuse(data.image_aspect_ratio not in (None, "square", "pad"), f"image_aspect_ratio {shown(data.image_aspect_ratio)} is unknown; use 'square' or 'pad'")
-    if files: _check_files(model, data, wrong)
+    _check_files(model, data, wrong, absent)
     wrong.tell()
 
-def _check_files(model: ModelConfig, data: DataConfig, wrong: Problems) -> None:
-    if not data.data_path: wrong.add(ValueError("`data_path` is missing: the records to train on, a JSON list, JSONL, Parquet or a folder of them"))
+def _check_files(model: ModelConfig, data: DataConfig, wrong: Problems, absent: list[str] | None) -> None:
     paths = {"data_path": data.data_path, "eval_data_path": data.eval_data_path, "image_folder": data.image_folder,
              "projector": None if model.projector == "random" else model.projector}
+    lost = [] if data.data_path else ["`data_path` is missing: the records to train on, a JSON list, JSONL, Parquet or a folder of them"]
+    lost += [f"{name}: {path} does not exist" for name, path in paths.items() if _nowhere(path)]
+    if absent is not None: absent += lost
+    else:
+        for said in lost: wrong.add(FileNotFoundError(said))
     for name in ("model", "language_model", "vision_tower"):        # "owner/name" may be a hub id; anything else is a path
         value = getattr(model, name)
-        paths[name] = None if value and value.count("/") == 1 and value[0] not in "./~" else value
-    for name, value in paths.items():
-        if value and "://" not in value and not Path(value).expanduser().exists(): wrong.add(FileNotFoundError(f"{name}: {value} does not exist"))
+        if not (value and value.count("/") == 1 and value[0] not in "./~") and _nowhere(value): wrong.add(FileNotFoundError(f"{name}: {value} does not exist"))
     with wrong.noted():
         if paths["projector"]: _check_projector(Path(paths["projector"]).expanduser())
+
+def _nowhere(path: str | None) -> bool: return bool(path) and "://" not in path and not Path(path).expanduser().exists()
 
 def _check_projector(path: Path) -> None:
     if path.is_file() and path.suffix != ".safetensors": raise ValueError(f"projector: {path} is not safetensors; a pickle could run code and is not read, `llava_nb convert {path} FOLDER` makes safetensors of it")

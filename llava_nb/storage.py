@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORAGE_ERRORS', 'FAIL_POINTS', 'passed', 'RUN', 'StorageFailed', 'NoCheckpoint', 'fail_point', 'write_durably',
-           'settle_folder', 'make_folder', 'check_room', 'hold', 'known', 'note']
+           'settle_folder', 'make_folder', 'check_room', 'hold', 'check_folder', 'known', 'note']
 
 # %% ../nbs/24_storage.ipynb #51b99cdd
 import errno
@@ -83,16 +83,22 @@ def make_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / ".tried", "x" * 4096); (folder / ".tried").unlink()
-    except OSError as e: raise StorageFailed(f"output_dir {folder}: cannot be written to ({e.strerror or e}); name another, or mend it, before a run spends hours") from None
+    except OSError as e: raise _unwritable(folder, e.strerror or str(e)) from None
+
+def _unwritable(folder: str | Path, why: str) -> StorageFailed: return StorageFailed(f"output_dir {folder}: cannot be written to ({why}); name another, or mend it, before a run spends hours")
 
 # %% ../nbs/24_storage.ipynb #7d86dbed
+def _there(folder: str | Path) -> Path:
+    "The folder, or the nearest one above that exists."
+    return next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+
 def check_room(
-    folder: str | Path, # that exists
+    folder: str | Path, # output folder of a run
     size: int, # bytes of one checkpoint
     copies: int, # that will lie there at once, the one being written too
 ) -> None:
     "Refuse a run that would fill its disk."
-    free, need = shutil.disk_usage(folder).free, int(1.2 * size * copies)
+    free, need = shutil.disk_usage(_there(folder)).free, int(1.2 * size * copies)
     if free < need:
         raise StorageFailed(f"output_dir {folder}: {free / 1e9:,.1f} GB are free, and {copies} checkpoints of {size / 1e9:,.1f} GB with a fifth to spare take {need / 1e9:,.1f}; make room, or keep fewer with --save_total_limit 2")
 
@@ -105,11 +111,27 @@ def hold(
     "Hold a run's folder, or say who does. Only the first rank calls."
     lock = FileLock(Path(folder) / "run.lock")
     try: lock.acquire(timeout=0)
-    except Timeout:
-        who = known(folder)
-        raise BlockingIOError(f"output_dir {folder}: process {who.get('pid', '?')} on {who.get('host', '?')} has been training in it since {who.get('since', '?')}; wait for it, stop it, or name another folder") from None
+    except Timeout: raise _taken(folder) from None
     note(folder, pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S"))
     return lock
+
+def _taken(folder: str | Path) -> BlockingIOError:
+    who = known(folder)
+    return BlockingIOError(f"output_dir {folder}: process {who.get('pid', '?')} on {who.get('host', '?')} has been training in it since {who.get('since', '?')}; wait for it, stop it, or name another folder")
+
+def check_folder(
+    folder: str | Path, # output folder of a run to come; nothing in it is changed
+) -> None:
+    "Refuse a folder that cannot be written to, or that a run holds."
+    above = _there(folder)
+    why = os.strerror(errno.ENOTDIR) if not above.is_dir() else os.strerror(errno.EACCES) if not os.access(above, os.W_OK | os.X_OK) else ""
+    if why: raise _unwritable(folder, why)
+    if not (Path(folder) / "run.lock").is_file(): return
+    lock = FileLock(Path(folder) / "run.lock")
+    try: lock.acquire(timeout=0)
+    except Timeout: raise _taken(folder) from None
+    except OSError as e: raise _unwritable(folder, e.strerror) from None
+    lock.release()
 
 def known(
     folder: str | Path, # output folder of a run

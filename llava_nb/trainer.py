@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps', 'peak_memory',
-           'MeteredTrainer', 'made_with', 'code_version', 'SealedTrainer', 'saves_of', 'checkpoint_bytes',
+           'MeteredTrainer', 'made_with', 'code_version', 'SealedTrainer', 'saves_of', 'room_for', 'checkpoint_bytes',
            'LlavaTrainer']
 
 # %% ../nbs/33_trainer.ipynb #f2e2485e
@@ -252,9 +252,8 @@ class SealedTrainer(MeteredTrainer):
 
     def check_room(self) -> None:
         "Refuse a run whose checkpoints the disk has no room for. Every rank must call."
-        saves = saves_of(self.args, self.plan_sampler.plan.steps)
         with together():
-            if self.args.should_save and saves: check_room(self.args.output_dir, checkpoint_bytes(self.model), min(saves, max(self.keep, 2) + 1) if self.keep else saves)
+            if self.args.should_save: room_for(self.args, self.plan_sampler.plan.steps, checkpoint_bytes(self.model), self.keep)
 
     def export(self) -> None:
         "Write the result; it is in its place when it was read back. Every rank must call."
@@ -281,6 +280,15 @@ def saves_of(
     if strategy == "epoch": return math.ceil(total / steps)
     every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * total)
     return 0 if strategy == "no" else math.ceil(total / every)
+
+def room_for(
+    args: LlavaTrainingArguments,
+    steps: int, # of an epoch
+    size: int, # bytes of a checkpoint
+    keep: int | None, # checkpoints; None: all
+) -> None:
+    "Refuse a run whose checkpoints the disk has no room for."
+    if saves := saves_of(args, steps): check_room(args.output_dir, size, min(saves, max(keep, 2) + 1) if keep else saves)
 
 def checkpoint_bytes(
     model: torch.nn.Module, # partitioned or not

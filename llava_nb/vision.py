@@ -59,9 +59,10 @@ def feature_count(
 # %% ../nbs/20_vision.ipynb #815cdb43
 def image_processor_for(
     tower: str | Path, # folder or hub id that holds a preprocessor_config.json
+    local_files_only: bool = False, # ask no network
 ):
     "The tower's own image processor, with the Pillow back end. Padding stays ours, also where a saved processor would pad."
-    processor = trust.load(AutoImageProcessor, tower, backend="pil")
+    processor = trust.load(AutoImageProcessor, tower, local_files_only=local_files_only, backend="pil")
     if getattr(processor, "do_pad", None): processor.do_pad = False
     return processor
 

@@ -31,8 +31,11 @@ def test_a_sound_set_ends_with_0_and_a_bad_one_with_2_and_every_finding(world, c
     html = (world / "bad" / "findings.html").read_text()
     assert "page.png" in html and "data:image/jpeg" in html and "learned" in html and "http" not in html and not (world / "bad" / "config_resolved.json").exists()
     assert train.main(["doctor", str(file), "--bad_records", "missing,size,unreadable,role"]) == 2        # the text is of another kind
-    assert train.main(["doctor", str(file), "--bad_records", "skip"]) == 0
-    assert train.main(["doctor", str(file), "--bad_records", "skip", "--max_bad", "5%"]) == 3
+    assert train.main(["doctor", str(file), "--bad_records", "skip"]) == 2       # as a run that is not told of the two pictures
+    assert "llava_nb: 2 of 37 pictures cannot be read" in capsys.readouterr().err
+    told = ["--bad_records", "skip", "--findings", str(world / "bad" / "findings.jsonl")]
+    assert train.main(["doctor", str(file), *told]) == 0
+    assert train.main(["doctor", str(file), *told, "--max_bad", "5%"]) == 3
     assert train.main(["doctor", str(file), "--bad_records", "gone"]) == 2
     assert "'gone' is no kind of bad record" in capsys.readouterr().err
 

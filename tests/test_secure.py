@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 import llava_nb.convert as convert
 import llava_nb.trust as trust
-from llava_nb import chat, train
+from llava_nb import chat, checks, train
 from llava_nb.checkpoint import seal
 from llava_nb.conversation import get_template
 from llava_nb.llava import load_llava, load_tower, read_projector
@@ -216,7 +216,7 @@ HOSTILE = {
     "processor_config.json": [{"auto_map": {"AutoProcessor": "evil.P"}}, {"processor_class": "evil.P"}], "preprocessor_config.json": [{"auto_map": {"AutoImageProcessor": "evil.P"}}, {"image_processor_type": "evil/P"}],
     "generation_config.json": [{"custom_pipelines": {"x": {"impl": "evil.P"}}}, {"trust_remote_code": True}], "chat_template.json": [{"auto_map": {}}],
 }
-READERS = [lambda f: trust.load(AutoConfig, f), lambda f: trust.load(AutoTokenizer, f), image_processor_for, load_llava, load_tower, chat.load_for_chat, train.found_config]
+READERS = [lambda f: trust.load(AutoConfig, f), lambda f: trust.load(AutoTokenizer, f), image_processor_for, load_llava, load_tower, chat.load_for_chat, checks.architecture]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
