@@ -15,7 +15,6 @@ import copy
 import importlib.resources
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -23,7 +23,6 @@ if __name__ == "__main__" and "__file__" in globals():      # run as a file: the
 import argparse
 import contextlib
 import dataclasses
-import importlib.resources
 import json
 import math
 import random
