@@ -1,13 +1,17 @@
 """Nothing let in: no pickle runs, no code comes with a folder, nothing outside is opened, nobody is called."""
 import ast
+import io
 import json
 import os
 import pickle
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -19,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import llava_nb.convert as convert
+import llava_nb.imageproc as imageproc
 import llava_nb.trust as trust
 from llava_nb import chat, checks, train
 from llava_nb.checkpoint import seal
 from llava_nb.conversation import get_template
+from llava_nb.imageproc import Bounded, Refused, open_image
 from llava_nb.llava import load_llava, load_tower, read_projector
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.vision import image_processor_for
@@ -401,6 +407,82 @@ def test_only_the_terminal_module_writes(path): assert writes(ast.parse(path.rea
 
 def test_the_search_for_writes_can_find_something():
     assert len(writes(ast.parse("print(1)\nsys.stderr.write('x')\nself.training_bar.write('x')\ntqdm.write('x')\ntraceback.print_exc()"))) == 5
+
+
+# Pictures that take for ever
+
+def saved(image, kind, **more) -> bytes:
+    image.save(out := io.BytesIO(), kind, **more)
+    return out.getvalue()
+
+
+def chunk(name: bytes, data: bytes) -> bytes: return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+
+
+def exif(entries: int, size: int) -> bytes:
+    """EXIF whose entries each claim nearly all of it."""
+    table = b"II*\0\x08\0\0\0" + struct.pack("<H", entries) + b"".join(struct.pack("<HHII", k, 1, size - 100, 100) for k in range(entries))
+    return table + bytes(max(0, size - len(table)))
+
+
+def in_segments(data: bytes) -> bytes:
+    return b"".join(b"\xff\xe1" + (len(data[k:k + 65000]) + 8).to_bytes(2, "big") + b"Exif\0\0" + data[k:k + 65000] for k in range(0, len(data), 65000))
+
+
+def scans(times: int, side: int = 7000) -> bytes:
+    """A progressive JPEG that repeats its last scan."""
+    jpeg = saved(Image.new("L", (side, side)), "JPEG", progressive=True)
+    return jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xda"):-2] * times + b"\xff\xd9"
+
+
+JPEG, PNG, GIF = (saved(Image.new("L", (64, 64)), kind) for kind in ("JPEG", "PNG", "GIF"))
+GIF_HEAD = 13 + (3 << ((GIF[10] & 7) + 1))
+BMP = b"BM" + struct.pack("<IHHI", 1078, 0, 0, 1078) + struct.pack("<IiiHHIIiiII", 40, 7000, 7000, 1, 8, 1, 0, 0, 0, 256, 0) + bytes(1024)
+SLOW = {
+    "a JPEG of 200,000 scans": lambda: scans(200_000), "a JPEG of 60 scans, large": lambda: scans(60), "a small JPEG of 200 scans": lambda: scans(200, 64),
+    "scans behind a restart mark": lambda: scans(0)[:-2] + b"\xff\xd0" + scans(200)[-200 * 75:],
+    "a JPEG of fill bytes": lambda: b"\xff\xd8" + b"\xff" * 40_000_000 + JPEG[2:], "a JPEG of empty comments": lambda: JPEG[:2] + b"\xff\xfe\0\2" * 9_000_000 + JPEG[2:],
+    "EXIF in 700 segments": lambda: JPEG[:2] + in_segments(exif(65535, 45_000_000)) + JPEG[2:],
+    "EXIF behind a restart mark and junk": lambda: JPEG[:2] + b"\xff\xd0\0x" + in_segments(exif(65535, 10_000_000)) + JPEG[2:],
+    "a PNG of empty chunks": lambda: PNG[:33] + chunk(b"aaAa", b"") * 3_000_000 + PNG[33:], "a PNG of empty data": lambda: PNG[:33] + chunk(b"IDAT", b"") * 3_000_000 + PNG[33:],
+    "a PNG of texts": lambda: PNG[:33] + chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(1_000_000), 9)) * 10_000 + PNG[33:],
+    "a GIF of comments": lambda: GIF[:GIF_HEAD] + b"\x21\xfe\1x\0" * 9_000_000 + GIF[GIF_HEAD:], "a BMP in runs of one": lambda: BMP + b"\1\1" * 20_000_000, "a BMP of line ends": lambda: BMP + b"\0\0" * 20_000_000,
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_no_picture_takes_longer_than_seconds(name):
+    data, begin = SLOW[name](), time.thread_time()
+    with pytest.raises(Refused), open_image(io.BytesIO(data)) as image: image.load()
+    assert time.thread_time() - begin < 10
+
+
+def test_a_picture_ends_with_its_seconds_whatever_it_does_with_them():
+    profiles = PNG[:33] + chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(1_000_000), 9)) * 10_000 + PNG[33:]
+    begin = time.thread_time()
+    with pytest.raises(Refused, match="more than 0.5 s"): Image.open(Bounded(io.BytesIO(profiles), seconds=.5))
+    assert time.thread_time() - begin < 2
+
+
+def test_real_pictures_are_far_from_the_bounds():
+    photo = Image.effect_noise((3000, 2000), 50)
+    for data in (saved(photo.convert("RGB"), "JPEG", progressive=True), saved(photo, "PNG"), saved(photo, "GIF"), saved(photo, "BMP"), saved(photo, "WEBP"), scans(9)):
+        bounded = Bounded(io.BytesIO(data))
+        with Image.open(bounded) as image: image.load()
+        assert bounded.left > .99 * imageproc.MAX_READS
+        with open_image(io.BytesIO(data)) as image: image.load()
+    data = saved(photo, "JPEG", progressive=True)
+    assert imageproc.count_scans(data[data.index(b"\xff\xda"):]) == data.count(b"\xff\xda") == 6
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_a_picture_of_ten_thousand_warnings_is_one_note_at_most(kind, tmp_path):
+    overlapping = exif(5300, 64_000)
+    data = JPEG[:2] + in_segments(overlapping) + JPEG[2:] if kind == "JPEG" else saved(Image.new("RGB", (64, 64)), kind, exif=overlapping)
+    (tmp_path / f"a.{kind.lower()}").write_bytes(data)
+    code = "import sys; from llava_nb.imageproc import open_image, oddities\nwith open_image(sys.argv[1]) as image: print(oddities(image, sys.argv[1])); image.load()"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / f"a.{kind.lower()}")], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and done.stdout.count("\n") == 1 and ("damaged" in done.stdout) == (kind == "WEBP")      # of a JPEG it was read when it was opened
 
 
 # Versions, network
