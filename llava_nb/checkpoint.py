@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'INNER_VISION', 'MANIFEST', 'UNSEALED', 'NOTHING', 'MADE_WITH', 'save_projector', 'llava_processor',
-           'published_state', 'save_llava', 'unsayable', 'seal', 'fault', 'checkpoints', 'resolve_resume',
-           'find_checkpoint', 'rotate', 'survey', 'publish', 'read_back', 'check_same', 'load_weights', 'describe']
+           'published_state', 'save_llava', 'unsayable', 'begin_checkpoint', 'seal', 'seal_alone', 'fault',
+           'checkpoints', 'resolve_resume', 'find_checkpoint', 'rotate', 'survey', 'publish', 'read_back', 'check_same',
+           'load_weights', 'describe']
 
 # %% ../nbs/32_checkpoint.ipynb #515d64e0
 import hashlib
@@ -25,7 +26,7 @@ import llava_nb.trust as trust
 import llava_nb.zero as zero
 from .llava import PROJECTOR_FILE, load_projector, projector_state, valid_generation_config
 from .state import STATE_FILE, keep_global_batch, part_file
-from .storage import NoCheckpoint, StorageFailed, fail_point, known, note, settle_folder, write_durably
+from .storage import NoCheckpoint, StorageFailed, clear, fail_point, known, note, open_new, settle_folder, write_durably
 from .terminal import printable, say
 from .vision import exported_processor, image_size
 
@@ -103,6 +104,15 @@ def unsayable(
 
 # %% ../nbs/32_checkpoint.ipynb #fb03794f
 MANIFEST = "MANIFEST.json"
+UNSEALED = MANIFEST + ".removed"      # in a checkpoint that is being written or removed: it may go
+
+def begin_checkpoint(
+    folder: Path, # a checkpoint that is to be written
+) -> None:
+    "An empty folder with a mark, which goes when the checkpoint is sealed. Only the first rank calls."
+    clear(folder)
+    folder.mkdir()
+    open_new(folder / UNSEALED).close()
 
 def seal(
     folder: str | Path, # a checkpoint; every rank must call
@@ -112,8 +122,7 @@ def seal(
     zero.wait()
     fail_point("seal.begin")
     with zero.together():
-        names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-        for name, said in _settled(folder, names[zero.rank()::zero.world_size()]):
+        for name, said in _settled(folder, _files(folder)[zero.rank()::zero.world_size()]):
             mine[name] = said
             fail_point("seal.file")
     found = {k: v for part in zero.from_all_ranks(mine) for k, v in part.items()}
@@ -121,15 +130,32 @@ def seal(
         if zero.rank() == 0: _write_manifest(folder, found)
     fail_point("seal.done")
 
+def seal_alone(
+    folder: str | Path, # of one rank
+) -> None:
+    "The same for a folder in which no other rank has part."
+    _write_manifest(Path(folder), dict(_settled(Path(folder), _files(Path(folder)))))
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, UNSEALED))
+
 # %% ../nbs/32_checkpoint.ipynb #a1ae8809
 def _write_manifest(folder: Path, found: dict[str, dict]) -> None:
     for inner in {(folder / name).parent for name in found} | {folder, folder.parent}: settle_folder(inner)
     fail_point("seal.hashed")
     write_durably(folder / MANIFEST, _manifest(found))
+    (folder / UNSEALED).unlink(missing_ok=True)
 
-def _settled(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, dict]]: # size and hash of files that are on the disk, in order
+def _settled(
+    folder: Path,
+    names: Sequence[str],
+    also: Path | None = None, # where those lie that are not in the folder
+) -> Iterator[tuple[str, dict]]: # size and hash of files that are on the disk, in order
     "Some at once: one core hashes 1 or 2 GB/s, which at 7B would be a minute of 100 GB."
-    with ThreadPoolExecutor(8) as pool: yield from zip(names, pool.map(lambda name: _settled_one(folder / name), names))
+    with ThreadPoolExecutor(8) as pool: yield from zip(names, pool.map(lambda name: _settled_one(_lying(folder, name, also)), names))
+
+def _lying(folder: Path, name: str, also: Path | None) -> Path:
+    return also / name if also and not (folder / name).exists() else folder / name
 
 def _settled_one(path: Path) -> dict:
     with path.open("rb") as f:
@@ -144,27 +170,30 @@ def _manifest(found: dict[str, dict]) -> str:
 
 # %% ../nbs/32_checkpoint.ipynb #1b2cb82b
 def fault(
-    folder: str | Path, # a checkpoint
+    folder: str | Path, # a checkpoint, or a result
+    also: Path | None = None, # where those of its files may lie that are not in it
 ) -> str: # "" for a sealed one that is as it was sealed
     "What is wrong with a checkpoint."
     folder = Path(folder)
+    if not (folder / MANIFEST).is_file(): return f"it has no readable {MANIFEST}: saving it was interrupted"
     try: text = (folder / MANIFEST).read_text()
     except (OSError, ValueError): return f"it has no readable {MANIFEST}: saving it was interrupted"
-    try:
-        files = json.loads(text)["files"]
-        if _manifest(files) != text: return f"its {MANIFEST} was changed"
-        for name, said in files.items():
-            path = folder / name
-            if not path.is_file(): return f"{name} is missing"
-            if path.stat().st_size != said["bytes"]: return f"{name} has {path.stat().st_size:,} bytes, not {said['bytes']:,}"
-        for name, said in _settled(folder, list(files)):
-            if said != files[name]: return f"{name} was changed (its SHA-256 is another)"
-    except (ValueError, KeyError, TypeError, AttributeError): return f"its {MANIFEST} was changed"
+    try: return _first_difference(folder, text, also)
+    except OSError as e: return f"it cannot be read ({e})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): return f"its {MANIFEST} was changed"
+
+def _first_difference(folder: Path, text: str, also: Path | None) -> str:
+    files = json.loads(text)["files"]
+    if _manifest(files) != text: return f"its {MANIFEST} was changed"
+    for name, said in files.items():
+        path = _lying(folder, name, also)
+        if not path.is_file(): return f"{name} is missing"
+        if path.stat().st_size != said["bytes"]: return f"{name} has {path.stat().st_size:,} bytes, not {said['bytes']:,}"
+    for name, said in _settled(folder, list(files), also):
+        if said != files[name]: return f"{name} was changed (its SHA-256 is another)"
     return ""
 
 # %% ../nbs/32_checkpoint.ipynb #77837e84
-UNSEALED = MANIFEST + ".removed"      # in a checkpoint that is being removed
-
 def checkpoints(
     run_dir: str | Path, # output folder of a run
 ) -> list[Path]: # oldest first, whole or not
@@ -180,9 +209,9 @@ def resolve_resume(
     told = None
     if zero.rank() == 0:
         try: told = _resolve(resume, Path(run_dir)), None
-        except NoCheckpoint as e: told = None, str(e)
+        except (NoCheckpoint, OSError) as e: told = None, e
     found, error = zero.from_all_ranks(told)[0]
-    if error: raise NoCheckpoint(error)
+    if error: raise error
     return found
 
 def find_checkpoint(
@@ -191,7 +220,7 @@ def find_checkpoint(
 ) -> tuple[str | None, dict[Path, str]]: # checkpoint folder; newer ones that are damaged, and how
     "The checkpoint that a run would go on from, or an error."
     run_dir, wish = Path(run_dir), str(resume).lower()
-    there = [p for p in checkpoints(run_dir) if not (p / UNSEALED).is_file()]
+    there = [p for p in checkpoints(run_dir) if (p / MANIFEST).is_file() or not (p / UNSEALED).is_file()]
     if wish == "false":
         if there: raise NoCheckpoint(f"{run_dir}: holds {there[-1].name} of an earlier run; move it away, or name another output_dir, to start anew")
         return None, {}
@@ -199,19 +228,21 @@ def find_checkpoint(
         why = fault(resume)
         if why: raise NoCheckpoint(f"{resume}: cannot be resumed, {why}; sound ones in {run_dir}: {', '.join(p.name for p in there if not fault(p)) or 'none'}")
         return str(resume), {}
+    return _newest_sound(run_dir, there, wanted=wish == "true")
+
+def _newest_sound(run_dir: Path, there: list[Path], wanted: bool) -> tuple[str | None, dict[Path, str]]:
     faults = {}
     for folder in reversed(there):
         why = fault(folder)
         if not why: break
         faults[folder] = why
     else: folder = None
-    before = known(run_dir).get("sealed", NOTHING if there else None) or (NOTHING if wish == "true" else None)      # None: a run began here and has sealed nothing yet
+    before = known(run_dir).get("sealed", NOTHING if there else None) or (NOTHING if wanted else None)      # None: a run began here and has sealed nothing yet
     if folder is None and before is not None: raise NoCheckpoint(f"{run_dir}: nothing to resume, " + _lost(before, faults))
     return folder and str(folder), faults
 
 def _resolve(resume: str | bool | None, run_dir: Path) -> str | None:
-    for folder in checkpoints(run_dir):
-        if (folder / UNSEALED).is_file(): shutil.rmtree(folder)
+    _finish_removals(run_dir)
     found, faults = find_checkpoint(resume, run_dir)
     for bad, why in faults.items(): say(f"{printable(bad.name)}: {printable(why)}; set aside as {_set_aside(bad).name}")
     if found is None and str(resume).lower() != "false": note(run_dir, sealed=None)
@@ -225,23 +256,42 @@ def _lost(before: str, faults: dict[Path, str]) -> str:
     if before == NOTHING: return "no checkpoint-* folder; leave --resume out to start anew"
     return f"an earlier run sealed {before} here, which is gone; put it back, or remove run.json to start anew"
 
+def _finish_removals(run_dir: Path) -> None:
+    "What a kill has left of a save, or of a removal."
+    for folder in checkpoints(run_dir):
+        mark = folder / UNSEALED
+        if not mark.is_file(): continue
+        if (folder / MANIFEST).is_file():
+            mark.unlink()           # sealed; the kill came before this line
+            continue
+        if not mark.stat().st_size: say(f"{folder.name}: saving it was interrupted; removed")
+        _remove(folder)
+
+def _remove(folder: Path) -> None:
+    "The mark last, so that a kill in between leaves it."
+    for path in folder.iterdir():
+        if path.name != UNSEALED: clear(path)
+    clear(folder)
+
 def _set_aside(folder: Path) -> Path:
     fail_point("aside.begin")
     names = (folder.with_name(f"damaged-{folder.name}" + (f"-{k}" if k else "")) for k in range(10**6))
-    aside = folder.rename(next(n for n in names if not n.exists()))
+    aside = folder.rename(next(n for n in names if not os.path.lexists(n)))
     fail_point("aside.done")
     return aside
 
 def rotate(
     run_dir: str | Path, # output folder of a run
     keep: int, # sealed checkpoints; 2 at least
+    spare: str | Path | None = None, # the one that a run goes on from
 ) -> None:
     "Remove the oldest sealed checkpoints."
     for folder in [p for p in checkpoints(run_dir) if (p / MANIFEST).is_file()][:-max(keep, 2)]:
+        if spare and folder.resolve() == Path(spare).resolve(): continue
         fail_point("rotate.begin")
         os.replace(folder / MANIFEST, folder / UNSEALED)      # from here on it counts for nothing; a start finishes what is stopped here
         fail_point("rotate.unsealed")
-        shutil.rmtree(folder)
+        _remove(folder)
         fail_point("rotate.removed")
 
 # %% ../nbs/32_checkpoint.ipynb #a8711dca
@@ -261,23 +311,29 @@ def survey(
 
 # %% ../nbs/32_checkpoint.ipynb #d0aa278e
 def publish(
-    made: str | Path, # folder of a result that was read back; is gone afterwards
+    made: str | Path, # folder of a sealed result, or what is left of it; is gone afterwards
     run_dir: str | Path, # where it belongs
 ) -> None:
-    "Move a result to its place and seal it there. Only the first rank calls."
+    "Move a result to its place, its manifest last. Only the first rank calls."
     made, run_dir = Path(made), Path(run_dir)
     (run_dir / MANIFEST).unlink(missing_ok=True)
     fail_point("export.unsealed")
-    names = sorted(p.name for p in made.iterdir())
-    for name in names:
-        os.replace(made / name, run_dir / name)
+    for name in _files(made):
+        _move(made / name, run_dir / name)
         fail_point("export.moved")
-    found = dict(_settled(run_dir, names))
-    fail_point("export.hashed")
-    settle_folder(run_dir); write_durably(run_dir / MANIFEST, _manifest(found))
+    settle_folder(run_dir)
+    os.replace(made / MANIFEST, run_dir / MANIFEST)
+    settle_folder(run_dir)
     fail_point("export.sealed")
-    shutil.rmtree(made)
+    clear(made)
     fail_point("export.done")
+
+def _move(path: Path, place: Path) -> None:
+    "Into a folder that is none of a link's."
+    if place.parent.is_symlink(): place.parent.unlink()
+    place.parent.mkdir(exist_ok=True)
+    if place.is_dir(): clear(place)
+    os.replace(path, place)
 
 def read_back(
     folder: str | Path, # of a result

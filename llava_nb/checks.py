@@ -57,6 +57,7 @@ class Checked:
     processor: object = None                                     # of images
     sets: dict[str, records.LlavaDataset] = field(default_factory=dict)      # by setting
     resume: str | None = None                                    # the checkpoint to go on from
+    hold: storage.Hold | None = None                             # on the output folder, of the first rank of a run
 
     @property
     def dry(self) -> bool: return self.run.run.dry_run
@@ -216,22 +217,23 @@ def check_output(c: Checked) -> None:
         c.resume, damaged = checkpoint.find_checkpoint(c.run.run.resume, out)
         c.unknown += [f"{p.name}: {why}; a run would set it aside" for p, why in damaged.items()]
     else:
-        hold(out, c.held)
+        c.hold = hold(out, c.held)
         c.resume = checkpoint.resolve_resume(c.run.run.resume, out)
 
 def hold(
     folder: str | Path, # output folder
     held: contextlib.ExitStack, # takes the hold
-) -> None:
+) -> storage.Hold | None: # of the first rank
     "Make the output folder, try it, and hold it: the first rank for all."
-    told = None
+    told = found = None
     try:
         if zero.rank() == 0:
             storage.make_folder(folder)
-            held.enter_context(storage.hold(folder))
-    except OSError as e: told = e
+            found = held.enter_context(storage.hold(folder))
+    except (OSError, ValueError) as e: told = e
     error = zero.from_all_ranks(told)[0]
     if error: raise error
+    return found
 
 def check_resume(c: Checked) -> None:
     "The checkpoint is whole, and was made with the same settings, records and code."
@@ -278,7 +280,8 @@ def check_plan(c: Checked) -> None:
     "The records make steps, whose rows keep below `max_tokens` where it is given, and the disk has room for the checkpoints."
     if c.shape is None or c.args is None or "data_path" not in c.sets or c.held is not None: return        # a run makes the real one next
     plan = trainer.plan_sampler(copy.copy(c.args), c.sets["data_path"], meter.shape_of(c.shape).row_cost).plan
-    trainer.room_for(c.args, plan.steps, trainer.checkpoint_bytes(c.shape.to(precision(c.args)[0])), c.args.save_total_limit)
+    recipe = trainer.made_with(c.args, c.sets["data_path"])
+    trainer.room_for(c.args, plan.steps, c.shape.to(precision(c.args)[0]), c.args.save_total_limit, recipe, c.resume)
 
 # %% ../nbs/37_checks.ipynb #d63b8f5b
 CHECKS: tuple[Callable[[Checked], None], ...] = (check_output, check_parts, check_projector, check_text, check_processor, check_records, check_pictures, check_resume, check_kernels, check_optimizer, check_plan)

@@ -26,6 +26,7 @@ from .conversation import normalise
 from .imageproc import oddities, open_image, scale
 from .masking import IGNORE_INDEX
 from .records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, raw_rows, with_findings, with_pictures
+from .storage import open_new
 from .terminal import shown
 from .viz import token_strip
 
@@ -227,12 +228,12 @@ def write(
     shown = [*found.samples[:12], *(p for ps in by_kind(found.problems).values() for p in ps[:WHOLE]), *(p for ps in found.notes.values() for p in ps[:1])]
     keep, rows, listed = {(p.file, p.index) for p in shown}, {}, {}
     for p, noted in [(p, False) for p in found.problems] + [(p, True) for ps in found.notes.values() for p in ps]: listed.setdefault((p.file, p.index), []).append((p, noted))
-    with (folder / "findings.jsonl").open("w", encoding="utf-8") as out:
+    with open_new(folder / "findings.jsonl") as out:
         for file in found.origins:
             for k, row in raw_rows(file, {index for f, index in listed.keys() | keep if f == file}):
                 if (file, k) in keep: rows[file, k] = row
                 for p, noted in listed.get((file, k), ()): out.write(json.dumps(line(p, json.loads(row), noted)) + "\n")
-    (folder / "findings.html").write_text(page(found, gate, rows), encoding="utf-8", errors="backslashreplace")
+    with open_new(folder / "findings.html") as out: out.write(page(found, gate, rows))
 
 # %% ../nbs/34_doctor.ipynb #ba03aec0
 def first_look(

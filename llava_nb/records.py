@@ -690,7 +690,8 @@ class LlavaDataset(Dataset):
         path: str | Path, # JSONL
     ) -> None:
         "Write down the records that were left out, one a line."
-        Path(path).write_text("".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.quarantined), encoding="utf-8")
+        Path(path).unlink(missing_ok=True)          # anew: a link of this name is not written through
+        with Path(path).open("x", encoding="utf-8") as out: out.writelines(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.quarantined)
 
 def report(
     problems: Sequence[Problem],

@@ -191,11 +191,12 @@ def start_folder(
     m = run.model
     if m.model: return m.model
     folder, recipe = Path(output_dir) / "start", json.dumps({**dataclasses.asdict(m), "projector": None, "seed": seed})
-    made_from = folder / "made_from.json"               # written last: a folder without it is half written
-    if zero.rank() == 0 and not (made_from.is_file() and made_from.read_text() == recipe):
-        made_from.unlink(missing_ok=True)
+    made_from = folder / "made_from.json"
+    if zero.rank() == 0 and (checkpoint.fault(folder) or made_from.read_text() != recipe):      # half written, damaged, or of other parts
+        storage.clear(folder)
         assemble(m, folder, seed)
         made_from.write_text(recipe)
+        checkpoint.seal_alone(folder)
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return str(folder)
 
@@ -329,7 +330,8 @@ def prepare(
     for callback in (PrinterCallback, ProgressCallback): t.remove_callback(callback)
     t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)()); t.add_callback(watch.LossAlarm())
     watch.same(zero.from_all_ranks(watch.fingerprint(t)), "give every rank the same files and settings")
-    t.check_room()
+    t.hold = c.hold
+    t.check_room(c.resume)
     return t
 
 # %% ../nbs/90_train.ipynb #74384447
@@ -371,7 +373,7 @@ def execute(
 def _refused(t: trainer.LlavaTrainer) -> int:
     rows, step, out = t.refused(), t.state.global_step + 1, Path(t.args.output_dir)
     if t.is_world_process_zero():
-        (out / "not_finite.json").write_text(json.dumps({"step": step, "learning_rate": t.optimizer.param_groups[0]["lr"], "rows": rows}, indent=1))
+        with storage.open_new(out / "not_finite.json") as f: json.dump({"step": step, "learning_rate": t.optimizer.param_groups[0]["lr"], "rows": rows}, f, indent=1)
         ids = [i for r in rows for i in r["records"]]
         terminal.say(f"llava_nb: step {step}: the gradient is not finite (rank {', '.join(map(str, sorted({r['rank'] for r in rows})))}; records {terminal.printable(', '.join(ids[:8]))}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}); "
               f"no weight was changed by this step, all rows are in {out / 'not_finite.json'}; look at them, or lower the learning rate, and go on with the same command", error=True)
@@ -379,7 +381,9 @@ def _refused(t: trainer.LlavaTrainer) -> int:
 
 def _unsaved(t: trainer.LlavaTrainer, error: storage.StorageFailed) -> int:
     if t.is_world_process_zero():
-        terminal.say(f"llava_nb: step {t.state.global_step} of {t.state.max_steps}: {terminal.one_line(error)}; {f'the same command goes on from checkpoint-{t.sealed}' if t.sealed else 'there is no checkpoint'}, once there is room for it in {t.args.output_dir}", error=True)
+        goes_on = f"the same command goes on from checkpoint-{t.sealed}" if t.sealed else "there is no checkpoint yet, the same command begins again"
+        remedy = "" if isinstance(error, storage.FolderLost) else f"; {goes_on}, once {t.args.output_dir} takes what has to be written"
+        terminal.say(f"llava_nb: step {t.state.global_step} of {t.state.max_steps}: {terminal.one_line(error)}{remedy}", error=True)
     return _end(storage.StorageFailed.exit_code)
 
 def _end(code: int) -> int: # all ranks together
@@ -389,7 +393,7 @@ def _end(code: int) -> int: # all ranks together
 
 def _write_down(run: config.Run, args, pieces: Pieces) -> None:
     out = Path(args.output_dir)
-    (out / "config_resolved.json").write_text(json.dumps({k: v for k, v in run.settings.items() if k != "resume"}, indent=2))
+    with storage.open_new(out / "config_resolved.json") as f: json.dump({k: v for k, v in run.settings.items() if k != "resume"}, f, indent=2)
     terminal.say(f"{len(pieces.dataset):,} records, {int(pieces.dataset.lengths.sum()):,} tokens, {int(pieces.dataset.supervised.sum()):,} learned")
     if pieces.dataset.quarantined:
         pieces.dataset.write_quarantine(out / "quarantine.jsonl")

@@ -8,6 +8,7 @@ __all__ = ['DATA', 'LOST', 'MEMORY', 'NOTES', 'PATIENCE', 'VERSIONS', 'note', 'k
            'heaviest', 'preflight', 'machine', 'machines', 'fingerprint', 'same', 'LossAlarm']
 
 # %% ../nbs/27_watch.ipynb #cc155d7d
+import contextlib
 import faulthandler
 import hashlib
 import inspect
@@ -35,6 +36,7 @@ import torch
 from transformers import TrainerCallback
 
 from .records import record_id
+from .storage import open_new
 from .terminal import say
 
 # %% ../nbs/27_watch.ipynb #fdc2a741
@@ -175,7 +177,7 @@ class Watchdog:
         if not self.heart.hang_timeout or self.file: return self
         self.folder.mkdir(parents=True, exist_ok=True)
         self.heart.idle = 0.0
-        self.file, self.done, self.parent = self.stacks(self.rank).open("w"), threading.Event(), os.getppid()
+        self.file, self.done, self.parent = open_new(self.stacks(self.rank)), threading.Event(), os.getppid()
         faulthandler.register(signal.SIGUSR2, self.file, all_threads=True)
         self.thread = threading.Thread(target=_watch, args=(self,), name="watchdog", daemon=True); self.thread.start()
         return self
@@ -184,8 +186,9 @@ class Watchdog:
         if not self.file: return
         self.done.set(); self.thread.join()
         faulthandler.unregister(signal.SIGUSR2); self.file.close(); self.file = None
-        if not self.stacks(self.rank).stat().st_size: self.stacks(self.rank).unlink()
-        if self.rank == 0 and not any(self.folder.iterdir()): self.folder.rmdir()       # a start that was refused leaves nothing
+        with contextlib.suppress(FileNotFoundError):       # somebody may have removed the folder
+            if not self.stacks(self.rank).stat().st_size: self.stacks(self.rank).unlink()
+            if self.rank == 0 and not any(self.folder.iterdir()): self.folder.rmdir()       # a start that was refused leaves nothing
 
 # %% ../nbs/27_watch.ipynb #936d4e52
 def _watch(dog: Watchdog) -> None:
@@ -310,7 +313,7 @@ def row_of(
 
 def _out_of_memory(dog: TrainingWatchdog, error: BaseException) -> str:
     found = dog.tried or row_of(dog.trainer, dog.trainer.state.global_step, dog.micro)
-    (dog.folder / "out_of_memory.json").write_text(json.dumps(found | {"said": last_words(error)}, indent=1))
+    with contextlib.suppress(OSError), open_new(dog.folder / "out_of_memory.json") as f: json.dump(found | {"said": last_words(error)}, f, indent=1)
     return (f"out of memory in row {found['row']} of {found['tokens']:,} tokens and {found['pictures']} pictures ({last_words(error)}); lower max_tokens (now {dog.trainer.args.max_tokens}), "
             f"or set recompute full, zero 3 or offload; the row's records are in {dog.folder / 'out_of_memory.json'}")
 

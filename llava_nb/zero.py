@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import torch
 
-from .storage import STORAGE_ERRORS, StorageFailed
+from .storage import STORAGE_ERRORS, FolderLost, StorageFailed
 from .terminal import shown
 
 # %% ../nbs/31_zero.ipynb #da30e29a
@@ -129,11 +129,14 @@ def from_all_ranks(
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     "What the disk refuses to one rank has failed for all. Every rank must come; no exchange between ranks inside."
-    mine = ""
+    mine, lost = "", False
     try: yield
-    except STORAGE_ERRORS as e: mine = " ".join(str(e).split()) or type(e).__name__
-    told = {r: said for r, said in enumerate(from_all_ranks(mine)) if said}
-    if told: raise StorageFailed("; ".join(said if world_size() == 1 else f"rank {r}: {said}" for r, said in told.items()))
+    except STORAGE_ERRORS as e: mine, lost = " ".join(str(e).split()) or type(e).__name__, isinstance(e, FolderLost)
+    told = {r: said for r, said in enumerate(from_all_ranks((mine, lost))) if said[0]}
+    if not told: return
+    kind = FolderLost if any(lost for _, lost in told.values()) else StorageFailed
+    raise kind("; ".join(said if world_size() == 1 else f"rank {r}: {said}" for r, (said, _) in told.items()))
+
 @contextlib.contextmanager
 def unpartitioned() -> Iterator[None]:
     "Build or load a model whole, even if a ZeRO-3 configuration is alive: for one rank alone."
