@@ -2,18 +2,22 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from runs import ROOT, TIMEOUT, captions, command, config, farthest, launch, losses, make_world, run, weights
+from runs import ROOT, TIMEOUT, captions, command, config, farthest, launch, losses, make_world, run, started, weights
 
 from llava_nb import checkpoint, storage, train
 from llava_nb.checkpoint import MANIFEST, checkpoints, fault, seal
+from llava_nb.llava import load_llava
 from llava_nb.storage import FAIL_POINTS, StorageFailed
+from llava_nb.trainer import ResultTrainer, bytes_in, checkpoint_bytes, saves_of
 
 SHORT = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 4, "save_total_limit": 2}      # saves at 2, 4 and 6, one rotation
 
@@ -158,6 +162,170 @@ def test_a_rank_that_cannot_write_stops_no_other(world):
     assert [p.name for p in checkpoints(Path(settings["output_dir"]))] == ["checkpoint-4", "checkpoint-6"]
 
 
+# A disk that is just large enough
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, as small as is told."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    def mounted(size: int) -> Path:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, text=True)
+        if done.returncode: pytest.skip(f"only root may mount a file system ({done.stderr.strip()})")
+        return place
+    yield mounted
+    subprocess.run(["umount", str(place)], capture_output=True)
+
+
+LEAST = {"max_steps": 8, "save_steps": 2, "gradient_accumulation_steps": 4, "save_total_limit": 2}
+
+
+def enough(world: Path) -> int:
+    """What a run asks for at its start: three checkpoints and a fifth; and a little for the notes."""
+    return int(3.6 * checkpoint_bytes(load_llava(world / "start"))) + 200_000
+
+
+def test_a_run_that_fitted_its_disk_goes_on_after_a_kill_at_any_point(world, disk):
+    """Two are sealed and the third is being written; three are sealed; the result is written, sealed, in its place by half."""
+    quiet, small = launch(config(world, "roomy", **LEAST)[0], 0), disk(enough(world))
+    file, _ = config(world, "small", **LEAST | {"output_dir": str(small / "run")})
+    for wish in ("save.index:3", "rotate.begin:1", "export.written:1", "export.moved:2"):
+        done = failing(file, wish)
+        assert done.returncode == -signal.SIGKILL, (wish, done.returncode, done.stderr[-2000:])
+    ends_as_if_nothing_had_been(file, (quiet, weights(world / "roomy")))
+    assert bytes_in([small / "run"]) > .4 * enough(world)       # it was no disk of plenty
+
+
+def fill(place: Path, leave: int) -> Path:
+    """A file of somebody else."""
+    (place / "others").write_bytes(bytes(shutil.disk_usage(place).free - leave))
+    return place / "others"
+
+
+def test_when_all_steps_are_done_room_is_asked_for_the_result_alone_and_then_for_nothing(world, disk):
+    small = disk(enough(world))
+    file, _ = config(world, "full_at_the_end", **LEAST | {"output_dir": str(small / "run")})
+    assert failing(file, "export.written:1:ENOSPC").returncode == 7
+    others = fill(small, 1_000_000)
+    done = run(file, 0)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 7 and "1.0 MB are free, and the result take" in line and "checkpoints of" not in line and "0.0 GB" not in line and "--save_total_limit" not in line
+    others.unlink()
+    assert run(file, 0).returncode == 0 and not fault(small / "run")
+    fill(small, 100_000)
+    done = run(file, 0)
+    assert done.returncode == 0 and "nothing was left to do" in done.stdout, done.stderr[-2000:]
+
+
+def test_the_remedy_for_a_full_disk_is_one_that_changes_something(tmp_path):
+    for name, size in (("damaged-checkpoint-3", 2_000_000), ("damaged-checkpoint-4", 500_000)):
+        (tmp_path / name).mkdir(); (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
+    remedy = ResultTrainer._remedy(None, tmp_path, fewer=True)
+    assert remedy == "keep fewer with --save_total_limit 2, remove damaged-checkpoint-3, damaged-checkpoint-4 (2.5 MB)"
+    with pytest.raises(StorageFailed, match="make room, or name another output_dir"): storage.check_room(tmp_path, 10**18, "all", "")
+    assert [storage.amount(n) for n in (12, 28_500_000, 98e9)] == ["12 bytes", "28.5 MB", "98.0 GB"]
+
+
+@pytest.mark.parametrize("settings, done, left", [({"max_steps": 10, "save_steps": 3}, 0, 4), ({"max_steps": 10, "save_steps": 3}, 6, 2), ({"max_steps": 10, "save_steps": 3}, 10, 0), ({"max_steps": 10, "save_steps": .5}, 5, 1),
+                                                  ({"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch"}, 4, 2), ({"max_steps": 10, "save_strategy": "no"}, 0, 0), ({"max_steps": 9, "save_steps": 3}, 7, 1)])
+def test_saves_that_are_left(settings, done, left):
+    assert saves_of(SimpleNamespace(**{"save_strategy": "steps", "save_steps": 500, "num_train_epochs": 3} | settings), 4, done) == left
+
+
+# A folder of somebody else, and a folder that is lost
+
+
+WRITTEN = (".tried", ".tried.new", "run.json", "run.json.new", "config_resolved.json", "quarantine.jsonl", "stacks-rank0.txt", "trainer_state.json", "MANIFEST.json", "MANIFEST.json.new",
+           "findings.html", "findings.jsonl", "config.json", "model.safetensors", "tokenizer.json", "processor_config.json", "generation_config.json")
+
+
+def test_nothing_is_written_through_a_link_in_a_runs_folder(world, tmp_path):
+    records = json.loads((world / "records.json").read_text())
+    records[0]["conversations"][1]["value"] = ""
+    (world / "one_bad.json").write_text(json.dumps(records))
+    file, settings = config(world, "linked", max_steps=1, save_steps=1, data_path=str(world / "one_bad.json"), bad_records="skip", max_bad=.5)
+    out = Path(settings["output_dir"])
+    out.mkdir()
+    for name in WRITTEN:
+        (tmp_path / name).write_text("precious")
+        (out / name).symlink_to(tmp_path / name)
+    done = run(file, 0)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert train.main(["doctor", str(file)]) == 0
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(WRITTEN, "precious")
+    assert not any(p.is_symlink() for p in out.iterdir()) and not fault(out) and (out / "quarantine.jsonl").stat().st_size
+
+
+def test_the_notes_of_a_run_that_fails_are_not_written_through_a_link(world, tmp_path):
+    file, settings = config(world, "linked_nan", learning_rate=1e20, projector_lr=None, max_steps=9, save_steps=9)
+    out = Path(settings["output_dir"])
+    out.mkdir(); (tmp_path / "notes").write_text("precious"); (out / "not_finite.json").symlink_to(tmp_path / "notes")
+    assert run(file, 0).returncode == 5
+    assert (tmp_path / "notes").read_text() == "precious" and json.loads((out / "not_finite.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "start", "exporting", "runs", "run.lock"])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_where_a_run_would_fill_a_folder_is_refused_with_a_remedy(world, tmp_path, capsys, name, there):
+    file, settings = config(world, f"linked-{name}-{there}", use_cpu=True)
+    out, target = Path(settings["output_dir"]), tmp_path / "target"
+    out.mkdir(exist_ok=True); (out / name).symlink_to(target)
+    if there and name == "run.lock": target.write_text("precious")
+    elif there: target.mkdir(); (target / "MANIFEST.json").write_text("precious")
+    assert train.main([str(file)]) == 2
+    said = capsys.readouterr().err
+    assert f"{name} is a link to" in said and "remove the link, or name another output_dir" in said and said.count("\n") == 1
+    assert target.exists() == there and (not there or (target if target.is_file() else target / "MANIFEST.json").read_text() == "precious")
+
+
+def test_an_output_folder_may_itself_be_a_link(world, tmp_path):
+    (tmp_path / "large_disk").mkdir()
+    (world / "link").symlink_to(tmp_path / "large_disk")
+    launch(config(world, "through", output_dir=str(world / "link"), max_steps=1, save_steps=1)[0], 0)
+    assert not fault(tmp_path / "large_disk")
+
+
+@pytest.mark.parametrize("what", ["removed", "moved", "replaced"])
+def test_a_folder_that_is_lost_under_a_run_is_noticed_at_the_next_save_and_another_runs_is_left_alone(world, what):
+    file, settings = config(world, f"lost-{what}", max_steps=2000, save_steps=9, save_total_limit=1)
+    out, theirs = Path(settings["output_dir"]), {}
+    process = started(file, 0, 10)
+    if what == "removed": shutil.rmtree(out)
+    else: out.rename(world / f"away-{what}")
+    if what == "replaced":
+        for step in (9, 18, 27):
+            (out / f"checkpoint-{step}").mkdir(parents=True); (out / f"checkpoint-{step}" / "model.safetensors").write_text(str(step)); seal(out / f"checkpoint-{step}")
+        (out / "run.lock").touch()
+        theirs = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    said, _ = process.communicate(timeout=TIMEOUT)
+    lines = [line for line in said.splitlines() if line.startswith("llava_nb:")]
+    assert process.returncode == 7 and len(lines) == 1 and "was removed, moved or replaced while this run trained in it" in lines[0] and "Traceback" not in said, said[-3000:]
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == theirs and ("ALARM" not in said)
+
+
+def test_a_folder_that_is_lost_is_noticed_at_the_end(world):
+    file, settings = config(world, "lost_late", max_steps=12, save_strategy="no")
+    process = started(file, 0, 5)
+    shutil.rmtree(settings["output_dir"])
+    said, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 7 and "its run.lock is gone" in said and "Traceback" not in said and not Path(settings["output_dir"]).exists()
+
+
+def test_an_interrupted_save_goes_and_what_lost_its_manifest_is_set_aside(tmp_path, capsys):
+    for step in (3, 6, 9, 12):
+        folder = tmp_path / f"checkpoint-{step}"
+        checkpoint.begin_checkpoint(folder)
+        (folder / "model.safetensors").write_text(str(step))
+        if step != 12: seal(folder)
+    (tmp_path / "checkpoint-9" / MANIFEST).unlink()
+    (tmp_path / "checkpoint-6" / checkpoint.UNSEALED).touch()          # killed between its manifest and the removal of the mark
+    assert checkpoint.resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-6")
+    said = capsys.readouterr().out
+    assert "checkpoint-12: saving it was interrupted; removed" in said and "checkpoint-9: it has no readable MANIFEST.json" in said and "set aside as damaged-checkpoint-9" in said
+    assert sorted(p.name for p in tmp_path.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6", "damaged-checkpoint-9"] and not fault(tmp_path / "checkpoint-6")
+
+
 # Before the first step
 
 
@@ -202,7 +370,6 @@ def test_progress_that_is_gone_is_missed(tmp_path):
 
 
 def test_verify_says_what_is_whole_and_what_is_not(world, whole, capsys, tmp_path):
-    import shutil
     copy = tmp_path / "run"
     shutil.copytree(world / "whole", copy)
     assert train.main(["verify", str(copy)]) == 0
@@ -220,7 +387,6 @@ def test_verify_says_what_is_whole_and_what_is_not(world, whole, capsys, tmp_pat
 
 def test_a_power_cut_at_any_moment_of_a_save_leaves_a_checkpoint_that_is_resumed(tmp_path, monkeypatch):
     """At each moment at which something reaches the disk, the machine dies: every file whose content was not made durable is empty, every name that its folder has not yet kept is gone."""
-    import shutil
     run_dir, fsync, replace, kept, files = tmp_path / "run", os.fsync, os.replace, set(), {}
     def save(step):
         folder = run_dir / f"checkpoint-{step}"
