@@ -17,7 +17,7 @@ from llava_nb import checkpoint, storage, train
 from llava_nb.checkpoint import MANIFEST, checkpoints, fault, seal
 from llava_nb.llava import load_llava
 from llava_nb.storage import FAIL_POINTS, StorageFailed
-from llava_nb.trainer import ResultTrainer, bytes_in, checkpoint_bytes, saves_of
+from llava_nb.trainer import _remedy, bytes_in, checkpoint_bytes, saves_of
 
 SHORT = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 4, "save_total_limit": 2}      # saves at 2, 4 and 6, one rotation
 
@@ -221,7 +221,7 @@ def test_when_all_steps_are_done_room_is_asked_for_the_result_alone_and_then_for
 def test_the_remedy_for_a_full_disk_is_one_that_changes_something(tmp_path):
     for name, size in (("damaged-checkpoint-3", 2_000_000), ("damaged-checkpoint-4", 500_000)):
         (tmp_path / name).mkdir(); (tmp_path / name / "model.safetensors").write_bytes(bytes(size))
-    remedy = ResultTrainer._remedy(None, tmp_path, fewer=True)
+    remedy = _remedy(tmp_path, fewer=True)
     assert remedy == "keep fewer with --save_total_limit 2, remove damaged-checkpoint-3, damaged-checkpoint-4 (2.5 MB)"
     with pytest.raises(StorageFailed, match="make room, or name another output_dir"): storage.check_room(tmp_path, 10**18, "all", "")
     assert [storage.amount(n) for n in (12, 28_500_000, 98e9)] == ["12 bytes", "28.5 MB", "98.0 GB"]
