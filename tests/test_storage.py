@@ -207,6 +207,7 @@ def test_when_all_steps_are_done_room_is_asked_for_the_result_alone_and_then_for
     small = disk(enough(world))
     file, _ = config(world, "full_at_the_end", **LEAST | {"output_dir": str(small / "run")})
     assert failing(file, "export.written:1:ENOSPC").returncode == 7
+    shutil.rmtree(small / "run" / "exporting")
     others = fill(small, 1_000_000)
     done = run(file, 0)
     line = done.stderr.splitlines()[-1]
