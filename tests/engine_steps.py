@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_nb.guard import NotFinite, guard_optimizer
 from llava_nb.zero import deepspeed_config, init_distributed
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WRONG = (float("nan"), float("inf"), -float("inf"))
 CASES = {"torch": (None, "float32", {}), "ZeRO-1 float32": (1, "float32", {}), "ZeRO-2 float32": (2, "float32", {}), "ZeRO-2 bf16": (2, "bfloat16", {}),
          "ZeRO-2 bf16, told not to look": (2, "bfloat16", {"bf16": {"enabled": True, "check_grad_overflow": False}}),
@@ -33,7 +34,7 @@ class Allocated(TorchDispatchMode):
 def made(stage: int | None, dtype: torch.dtype, changes: dict, guarded: bool):
     "A layer, what steps it, and its backward."
     torch.manual_seed(0)
-    model = torch.nn.Linear(512, 512, dtype=dtype)
+    model = torch.nn.Linear(512, 512, dtype=dtype, device=DEVICE)
     adam = torch.optim.AdamW(model.parameters(), lr=.1)
     if stage is None:
         if guarded: guard_optimizer(adam)
@@ -42,7 +43,7 @@ def made(stage: int | None, dtype: torch.dtype, changes: dict, guarded: bool):
     config |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1}
     config["zero_optimization"] = {k: 10_000_000 if v == "auto" else v for k, v in config["zero_optimization"].items()}
     engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=adam, config=config)
-    if guarded: guard_optimizer(optimizer)
+    if guarded: guard_optimizer(optimizer, DEVICE)
     return engine, engine, engine.backward
 
 
@@ -56,7 +57,7 @@ def stepped(case: tuple, guarded: bool, wrong: float | None = None) -> int: # by
     "A step; with a wrong number in it, whether nothing changed is asserted and NotFinite goes on."
     stage, dtype, changes = case
     model, stepper, backward = made(stage, getattr(torch, dtype), changes, guarded)
-    x = torch.randn(8, 512, dtype=getattr(torch, dtype))
+    x = torch.randn(8, 512, dtype=getattr(torch, dtype), device=DEVICE)
     if wrong is not None: x[3, 5] = wrong
     backward(model(x).float().square().mean())
     before = weights(model)

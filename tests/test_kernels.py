@@ -18,7 +18,7 @@ from llava_nb.masking import tiny_tokenizer
 from llava_nb.objective import row_loss
 from llava_nb.packing import collate_packed
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run, in test_model")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels themselves run, in test_gpu")
 GPU_KERNELS = [b for b in BACKENDS if b != "sdpa"]
 
 
