@@ -4,7 +4,7 @@ import json
 import pytest
 
 from llava_nb import config, train
-from llava_nb.config import read_settings, translate
+from llava_nb.config import UNSUPPORTED, read_settings, translate
 
 MEANT = {   # the reference's flags (ModelArguments, DataArguments, TrainingArguments) and removed transformers names -> ours
     ("model_name_or_path", "lmsys/vicuna-7b-v1.5"): {"language_model": "lmsys/vicuna-7b-v1.5"}, ("version", "v1"): {"template": "v1"}, ("version", "plain"): {"template": "plain"},
@@ -18,7 +18,7 @@ MEANT = {   # the reference's flags (ModelArguments, DataArguments, TrainingArgu
     ("evaluation_strategy", "no"): {"eval_strategy": "no"}, ("warmup_ratio", "0.03"): {"warmup_steps": "0.03"}, ("resume_from_checkpoint", "c"): {"resume": "c"},
     ("deepspeed", "./scripts/zero2.json"): {"zero": 2}, ("deepspeed", "./scripts/zero3.json"): {"zero": 3}, ("deepspeed", "./scripts/zero3_offload.json"): {"zero": 3, "offload": True},
 }
-NOTED = {"lazy_preprocess": "True", "is_multimodal": "True", "freeze_backbone": "False", "mm_patch_merge_type": "flat", "cache_dir": "x", "mpt_attn_impl": "triton", "double_quant": "True",
+NOTED = {"attn_implementation": "flash_attention_2", "tune_vision_tower_from_layer": "12", "tokenizer_use_fast": "False", "do_train": "True", "video_fps": "1", "lazy_preprocess": "True", "is_multimodal": "True", "freeze_backbone": "False", "cache_dir": "x", "mpt_attn_impl": "triton", "double_quant": "True",
          "quant_type": "nf4", "lora_r": "64", "lora_alpha": "16", "lora_dropout": "0.05", "lora_weight_path": "", "lora_bias": "none"}
 REFUSED = {"mm_use_im_start_end": "True", "mm_use_im_patch_token": "True", "freeze_mm_mlp_adapter": "True", "freeze_backbone": "True", "lora_enable": "True", "bits": "4"}
 KNOWN = config.field_names(*config.CONFIGS, train.trainer.LlavaTrainingArguments)
@@ -70,3 +70,73 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
 def test_a_file_that_is_no_configuration(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"a.json: .*{message}"): read_settings([str(tmp_path / "a.json")])
+
+
+# Commands of other programs, as their scripts have them
+
+COMMON = """--data_path a.json --image_folder images --vision_tower openai/clip-vit-large-patch14-336 --mm_vision_select_layer -2 --bf16 True --output_dir out --num_train_epochs 1
+--per_device_train_batch_size 4 --per_device_eval_batch_size 4 --gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps --save_steps 3000 --save_total_limit 1
+--learning_rate 1e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --model_max_length 8192 --gradient_checkpointing True
+--dataloader_num_workers 16 --lazy_preprocess True --run_name mine --deepspeed scripts/zero3.json --model_name_or_path lmsys/vicuna-7b-v1.5 --dry_run"""
+NEXT = COMMON + """ --version v1 --pretrain_mm_mlp_adapter=/checkpoints/projectors/base/mm_projector.bin --mm_tunable_parts=mm_vision_tower,mm_mlp_adapter,mm_language_model --mm_vision_tower_lr=2e-6
+--mm_projector_type mlp2x_gelu --mm_use_im_start_end False --mm_use_im_patch_token False --group_by_modality_length True --image_aspect_ratio anyres_max_9 --image_grid_pinpoints (1x1),...,(6x6)
+--mm_patch_merge_type spatial_unpad --torch_compile True --torch_compile_backend inductor --dataloader_drop_last True --frames_upbound 32 --video_folder videos --attn_implementation sdpa"""
+TINY = COMMON + """ --is_multimodal True --conv_version phi --vision_tower2  --connector_type mlp2x_gelu --image_aspect_ratio square --attn_implementation flash_attention_2 --training_recipe common
+--tune_type_llm full --tune_type_vision_tower frozen --tune_vision_tower_from_layer 0 --tune_type_connector full --group_by_modality_length True --pretrained_model_path random --tokenizer_use_fast False"""
+LORA = COMMON + """ --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --version v1 --pretrain_mm_mlp_adapter ./checkpoints/pretrain/mm_projector.bin --mm_projector_type mlp2x_gelu
+--mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True --bits 4"""
+
+
+def test_a_command_of_llava_next_is_answered_once_with_all_that_stands_in_its_way(capsys):
+    assert train.main(NEXT.split()) == 2
+    err = capsys.readouterr().err
+    for flag in ("mm_tunable_parts", "mm_vision_tower_lr", "image_aspect_ratio anyres_max_9", "image_grid_pinpoints", "mm_patch_merge_type spatial_unpad", "torch_compile True", "torch_compile_backend",
+                 "dataloader_drop_last", "video_folder"): assert err.count(f"  --{flag}") == 1, flag
+    for flag in ("--frames_upbound", "--attn_implementation", "--lazy_preprocess"): assert flag in err.split("besides")[1], flag
+    for flag in ("mm_projector_type", "run_name", "version", "group_by_modality_length", "pretrain_mm_mlp_adapter"): assert f"--{flag}" not in err, flag
+    assert "mm_mlp_adapter,mm_language_model" in err and "Traceback" not in err
+
+
+def test_what_is_left_of_it_is_taken(capsys):
+    gone = ("mm_vision_tower_lr", "image_grid_pinpoints", "mm_patch_merge_type", "torch_compile", "dataloader_drop_last", "video_folder")
+    kept = [part for part in NEXT.replace("mm_vision_tower,", "").replace("anyres_max_9", "pad").split("--") if not part.startswith(gone)]
+    assert train.main("--".join(kept).split()) == 0
+    out = capsys.readouterr().out
+    assert out.count("note: ") == 1 and "--frames_upbound" in out and "stage 2:" in out
+
+
+def test_a_command_of_tinyllava_is_translated(capsys):
+    argv = [word for line in TINY.splitlines() for word in line.split(" ") if word or "vision_tower2" in line]
+    run = train.parse(argv)
+    assert (run.stage, run.data.template, run.model.projector_type, run.model.projector, run.settings["sampler"]) == (2, "v1", "mlp2x_gelu", "random", "modality")
+    assert train.parse([a.replace("full", "frozen") if a == "full" and argv[k - 1] == "--tune_type_llm" else a.replace("phi", "pretrain") for k, a in enumerate(argv)]).stage == 1
+    assert len(run.notes) == 1 and "--tune_vision_tower_from_layer" in run.notes[0]
+
+
+def test_a_lora_command_is_answered_once(capsys):
+    assert train.main(LORA.split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("is not supported: all weights are trained") == 2 and "--lora_r, --lora_alpha" in err and "mm_projector_lr" not in err
+
+
+@pytest.mark.parametrize("asked, stage", [("mm_mlp_adapter", 1), ("mm_mlp_adapter,mm_language_model", 2), ("mm_language_model, mm_mlp_adapter", 2), ("", None)])
+def test_parts_that_are_trained_are_a_stage(asked, stage):
+    assert translate({"mm_tunable_parts": asked})[0].get("stage") == stage
+
+
+@pytest.mark.parametrize("flag", UNSUPPORTED)
+def test_a_flag_that_changes_nothing_is_taken_and_any_other_value_refused(flag):
+    for value in UNSUPPORTED[flag][0]: assert translate({flag: value}) == ({}, [])
+    with pytest.raises(ValueError, match=f"^--{flag}.* is not supported: .*; leave it out$"): translate({flag: "something else"})
+
+
+@pytest.mark.parametrize("flag, value", [("tune_type_llm", "lora"), ("connector_type", "qformer"), ("mm_tunable_parts", "mm_vision_tower"), ("mm_tunable_parts", "mm_language_model"), ("image_aspect_ratio", "highres"),
+                                         ("unfreeze_language_model", "True"), ("tune_entire_model", "True"), ("use_dora", "true")])
+def test_a_value_that_asks_for_another_training_is_refused(flag, value):
+    more = {"tune_mm_mlp_adapter": "True"} if flag == "unfreeze_language_model" else {}
+    with pytest.raises(ValueError, match=f"--{flag} "): translate({flag: value} | more)
+
+
+def test_names_that_transformers_has_given_up():
+    assert translate({"per_gpu_train_batch_size": 4, "per_gpu_eval_batch_size": 2, "past_index": -1, "fp16_backend": "auto", "include_tokens_per_second": True})[0] == {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
+    with pytest.raises(ValueError, match="--push_to_hub_token is not supported: nothing is sent"): translate({"push_to_hub_token": "hf_secret"})

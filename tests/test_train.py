@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from llava_nb import train
-from llava_nb.config import MEANINGLESS, RENAMED, TRANSLATED, translate
+from llava_nb.config import MEANINGLESS, RENAMED, TRANSLATED, UNSUPPORTED, translate
 from llava_nb.masking import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,7 +92,7 @@ BAD = {
     "did you mean 'learning_rate'": ["--model", "a/b", "--learning_rat", "1"], "no such configuration file": ["nowhere.json"], "does not exist": ["--model", "/nowhere"],
     "go together": ["--language_model", "a/b", "--projector", "random"], "give either": ["--model", "a/b", "--language_model", "a/b", "--vision_tower", "a/b"], "projector of stage 1": ["--language_model", "a/b", "--vision_tower", "a/b"],
     "belongs to stage 1": ["--model", "a/b", "--template", "plain"], "set `learning_rate`": ["--model", "a/b", "--stage", "1", "--projector_lr", "1e-4"], "stage 3": ["--model", "a/b", "--stage", "3"],
-    "not supported": ["--model", "a/b", "--mm_use_im_start_end", "True"], "image_aspect_ratio 'anyres'": ["--model", "a/b", "--image_aspect_ratio", "anyres"], "`data_path` is missing": ["--model", "a/b"],
+    "not supported": ["--model", "a/b", "--mm_use_im_start_end", "True"], "--image_aspect_ratio anyres is not supported": ["--model", "a/b", "--image_aspect_ratio", "anyres"], "`data_path` is missing": ["--model", "a/b"],
 }
 
 
@@ -118,7 +118,7 @@ def test_every_flag_of_the_reference_has_a_meaning():
     given = {w.removeprefix("--") for w in (PRETRAIN + FINETUNE).split() if w.startswith("--")}
     ours, _ = translate({k: "1" for k in RENAMED})
     known = train.config.field_names(*train.config.CONFIGS, train.trainer.LlavaTrainingArguments)
-    assert set(ours) <= set(known) and given <= set(RENAMED) | set(TRANSLATED) | set(MEANINGLESS) | set(known)
+    assert set(ours) <= set(known) and given <= set(RENAMED) | set(TRANSLATED) | set(UNSUPPORTED) | set(MEANINGLESS) | set(known)
 
 
 @pytest.mark.parametrize("recipe", ["llava_v1_5_7b_pretrain", "llava_v1_5_7b_finetune", "llava_v1_5_13b_pretrain", "llava_v1_5_13b_finetune"])
