@@ -32,6 +32,7 @@ import llava_nb.imageproc as imageproc
 import llava_nb.llava as llava
 import llava_nb.masking as masking
 import llava_nb.meter as meter
+import llava_nb.optim as optim
 import llava_nb.records as records
 import llava_nb.shards as shards
 import llava_nb.state as state
@@ -172,7 +173,7 @@ def _data_set(c: Checked, path: str) -> records.LlavaDataset:
     d, cache = c.run.data, c.run.data.records_cache
     if c.findings is not None: c.findings.add(records.with_pictures(records.Records.from_files(file, c.gate, cache), source), source, c.run.run.deep)
     if _lost(c, "image_folder"): source = _Unseen(d.image_folder)
-    transform = imageproc.ImageTransform(c.processor, d.image_aspect_ratio, d.apply_exif, d.reduced_jpeg)
+    transform = imageproc.ImageTransform(c.processor, d.image_aspect_ratio, d.apply_exif, d.reduced_jpeg) if c.processor else None      # a dry run may lack the tower
     return records.LlavaDataset(file, c.gate.template, c.gate.encoder, transform, source, d.bad_records, cache, d.repair, d.max_bad, d.findings)
 
 def _lost(c: Checked, setting: str) -> bool:
@@ -271,10 +272,8 @@ def learning_rates(
 ) -> tuple[int, Callable[[int], float]]: # steps of the warm-up; the rate at a step
     "The schedule."
     warm = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    try: schedule = transformers.get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warm, num_training_steps=steps, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
-    except TypeError as e: raise ValueError(f"lr_scheduler_type {args.lr_scheduler_type.value!r} with lr_scheduler_kwargs {shown(args.lr_scheduler_kwargs)}: {e}") from None
-    return warm, lambda step: args.learning_rate * schedule.lr_lambdas[0](step)
+    factor = optim.factors(args.lr_scheduler_type, warm, steps, args.lr_scheduler_kwargs, args.learning_rate or 1.0)
+    return warm, lambda step: args.learning_rate * factor(step)
 
 def check_plan(c: Checked) -> None:
     "The records make steps, whose rows keep below `max_tokens` where it is given, and the disk has room for the checkpoints."

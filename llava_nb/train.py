@@ -45,6 +45,7 @@ import llava_nb.doctor as doctor
 import llava_nb.features as cached
 import llava_nb.guard as guard
 import llava_nb.imageproc as imageproc
+import llava_nb.inherited as inherited
 import llava_nb.launch as launch
 import llava_nb.llava as llava
 import llava_nb.masking as masking
@@ -70,36 +71,72 @@ def parse(
     given, wrong = config.read_settings(argv), config.Problems()
     ours, notes = config.translate(given, wrong)
     settings = fitting(config.as_reference(given) | ours, wrong)
+    for said in inherited.refused(settings, dataclasses.fields(trainer.LlavaTrainingArguments), trainer.OWN): wrong.add(ValueError(said))
     own = {k: v for k, v in settings.items() if k in config.field_names(*config.CONFIGS)}
     run = config.Run(*_typed(config.CONFIGS, own), settings, notes)
     with wrong.noted(): check_training(run)
     config.by_stage(run.data, run.stage)
     with wrong.noted(): config.check(run.model, run.data, run.stage, training_fields(run).projector_lr, absent=run.absent if run.run.dry_run else None)
-    wrong.tell()
+    wrong.tell(notes)
     return run
 
 # %% ../nbs/90_train.ipynb #8b358375
+_CHOICES = {"sampler": ("modality", "random", "compat"), "objective": objective.OBJECTIVES, "recompute": llava.RECOMPUTE, "zero": (0, 1, 2, 3),
+            "attention": ("auto", *attention.BACKENDS), "loss_kernel": tuple(cross_entropy.LOSS_KERNELS), "optim": optim.OPTIMIZERS,
+            "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"),
+            "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver")}
+_LEAST = {1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens", "threads", "save_total_limit",
+              "dataloader_prefetch_factor", "torch_empty_cache_steps"),
+          0: ("learning_rate", "projector_lr", "weight_decay", "max_grad_norm", "adam_epsilon", "adam_beta1", "adam_beta2", "warmup_steps",
+              "dataloader_num_workers", "hang_timeout", "look_seconds", "eval_delay", "seed", "data_seed")}
+
+def _word(value) -> str: return str(getattr(value, "value", value))     # of transformers' enumerations
+
+def _values(run: config.Run, args: argparse.Namespace) -> list[str]:
+    "Single values that cannot be."
+    values, found = vars(args) | vars(run.model) | vars(run.data) | vars(run.run), []
+    for name, known in _CHOICES.items():
+        value = values[name]
+        if value is not None and value not in known and _word(value) not in known:
+            found.append(f"{name} {terminal.shown(_word(value) if isinstance(value, str) else value)} is unknown; use one of {', '.join(map(str, known))}")
+    for least, names in _LEAST.items():
+        for name in names:
+            if values[name] is not None and not least <= values[name] < math.inf: found.append(f"{name} {values[name]:g} must be at least {least}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if values[name] >= 1: found.append(f"{name} {values[name]:g} must be below 1")
+    for name in ("logging", "eval", "save"):
+        every = values[f"{name}_steps"]
+        if _word(values[f"{name}_strategy"]) == "steps" and every is not None and not (0 < every < 1 or every >= 1 and every == int(every)):
+            found.append(f"{name}_steps {every:g} must be a whole number of steps, or a share of them below 1")
+    if args.max_steps == 0 or args.max_steps < -1: found.append(f"max_steps {args.max_steps} must be at least 1, or -1 (num_train_epochs says it)")
+    if args.max_steps < 0 and not 0 < args.num_train_epochs < math.inf: found.append(f"num_train_epochs {args.num_train_epochs:g} must be more than 0")
+    return found
+
+def _together(run: config.Run, args: argparse.Namespace) -> list[str]:
+    "Values that do not go together."
+    evaluates = _word(args.eval_strategy)
+    rules = [
+        ((evaluates != "no") != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` ('steps' or 'epoch': when) go together; one is missing"),
+        (args.eval_on_start and evaluates == "no", "`eval_on_start` needs `eval_data_path` and `eval_strategy`"),
+        (bool(args.output_dir) and Path(args.output_dir).is_file(), f"output_dir {args.output_dir} is a file; name a folder"),
+        (args.zero is not None and bool(args.deepspeed), "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage"),
+        (args.offload and not args.zero, "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded"),
+        (args.bf16 and args.fp16, "bf16 and fp16 exclude each other"),
+        (args.use_cpu and torch.cuda.is_available(), "use_cpu: this machine has a GPU, and the kit would use it in part; set CUDA_VISIBLE_DEVICES= (empty) to hide it"),
+        (args.dataloader_prefetch_factor is not None and not args.dataloader_num_workers, "`dataloader_prefetch_factor` needs `dataloader_num_workers`: without workers nothing is read ahead"),
+        (args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers, "`dataloader_multiprocessing_context` needs `dataloader_num_workers`"),
+    ]
+    return [said for wrong, said in rules if wrong]
+
 def check_training(
     run: config.Run,
 ) -> None:
     "Types and choices of the training fields, without making them, which would join the ranks."
-    args = training_fields(run)
-    wrong = config.Problems()
-    def refuse(when: bool, message: str):
-        if when: wrong.add(ValueError(message))
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    for name, value, known in (("sampler", args.sampler, ("modality", "random", "compat")), ("objective", args.objective, objective.OBJECTIVES), ("recompute", args.recompute, llava.RECOMPUTE), ("attention", run.model.attention, ("auto", *attention.BACKENDS)), ("loss_kernel", run.model.loss_kernel, tuple(cross_entropy.LOSS_KERNELS)), ("zero", args.zero, (0, 1, 2, 3)),
-                               ("eval_strategy", evaluates, ("no", "steps", "epoch"))):
-        refuse(value is not None and value not in known, f"{name} {terminal.shown(value)} is unknown; use one of {', '.join(map(str, known))}")
-    for name, value in (("per_device_train_batch_size", args.per_device_train_batch_size), ("gradient_accumulation_steps", args.gradient_accumulation_steps), ("max_tokens", args.max_tokens), ("threads", run.run.threads)):
-        refuse(value is not None and value < 1, f"{name} {value} must be at least 1")
-    refuse((evaluates != "no") != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` ('steps' or 'epoch': when) go together; one is missing")
-    refuse(bool(args.output_dir) and Path(args.output_dir).is_file(), f"output_dir {args.output_dir} is a file; name a folder")
-    refuse(args.zero is not None and bool(args.deepspeed), "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage")
-    refuse(args.hang_timeout < 0, f"hang_timeout {args.hang_timeout:g} must be at least 0 (wait for ever)")
-    refuse(run.run.look_seconds < 0, f"look_seconds {run.run.look_seconds:g} must be at least 0 (open no picture)")
-    refuse(args.offload and not args.zero, "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded")
-    for check in (lambda: records.stopping([], run.data.bad_records), lambda: records.check_budget(0, 0, run.data.max_bad), lambda: _check_template(run.data.template), lambda: _check_deepspeed(args.deepspeed)):
+    args, wrong = training_fields(run), config.Problems()
+    for said in _values(run, args) + _together(run, args): wrong.add(ValueError(said))
+    for check in (lambda: records.stopping([], run.data.bad_records), lambda: records.check_budget(0, 0, run.data.max_bad),
+                  lambda: _check_template(run.data.template), lambda: _check_deepspeed(args.deepspeed),
+                  lambda: optim.factors(args.lr_scheduler_type, 1, 10, args.lr_scheduler_kwargs, args.learning_rate if args.learning_rate > 0 else 1.0)):
         with wrong.noted(): check()
     wrong.tell()
 
@@ -175,10 +212,13 @@ def training_arguments(
     args.deepspeed = engine or None             # says only that there is one
     return args
 
-def _reporters(asked: str | None, notes: list[str]) -> str:
+def _reporters(asked: str | list[str] | None, notes: list[str]) -> str | list[str]:
     "A reporter that is not installed costs a note, not the run."
-    if asked in (None, "None", "none", "all") or asked in get_available_reporting_integrations(): return asked or "none"
-    notes.append(f"--report_to {asked}: not installed or unknown, so nothing is reported (pip install {asked}, or --report_to tensorboard)")
+    if asked in (None, [], "None", "none", "all"): return asked or "none"
+    names = asked if isinstance(asked, list) else [asked]
+    missing = ", ".join(terminal.printable(n, 40) for n in names if n not in get_available_reporting_integrations())
+    if not missing: return asked
+    notes.append(f"--report_to {missing}: not installed or unknown, so nothing is reported (pip install {missing}, or --report_to tensorboard)")
     return "none"
 
 # %% ../nbs/90_train.ipynb #63bee4ab

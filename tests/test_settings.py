@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from llava_nb import config, train
 from llava_nb.masking import tiny_tokenizer
@@ -62,8 +63,10 @@ def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, mon
     """Ten pictures and ten texts in steps of eight: two of each, not three in all."""
     (tmp_path / "r.json").write_text(json.dumps([PICTURE, TEXT] * 10))
     tokenizer = tiny_tokenizer()
-    argv = [written(tmp_path, PARTS | {"data_path": str(tmp_path / "r.json"), "per_device_train_batch_size": 8, "num_train_epochs": 1}), "--dry_run"]
-    monkeypatch.setattr(train.trust, "load", lambda *a, **k: tokenizer)
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    argv = [written(tmp_path, PARTS | {"data_path": str(tmp_path / "r.json"), "image_folder": str(tmp_path), "per_device_train_batch_size": 8, "num_train_epochs": 1}), "--dry_run"]
+    load = train.trust.load
+    monkeypatch.setattr(train.trust, "load", lambda kind, *a, **k: tokenizer if kind.__name__ == "AutoTokenizer" else load(kind, *a, **k))
     assert train.main(argv) == 0
     out = capsys.readouterr().out
     encoder, template = train.masking.Encoder(tokenizer, len(tokenizer), 576, 2048), train.conversation.get_template("v1")
