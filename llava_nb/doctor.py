@@ -11,7 +11,6 @@ import base64
 import io
 import json
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,12 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .conversation import normalise
-from .imageproc import oddities, open_image, scale
+from .conversation import BadRecord, image_of, normalise
+from .imageproc import Refused, oddities, open_image, scale
 from .masking import IGNORE_INDEX
-from .records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, raw_rows, with_findings, with_pictures
+from .records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, parsed, raw_rows, with_findings, with_pictures
 from .storage import open_new
-from .terminal import shown
+from .terminal import printable, shown
 from .viz import token_strip
 
 # %% ../nbs/34_doctor.ipynb #b0c8108c
@@ -61,15 +60,16 @@ def look(
     source: Folder, # or shards
     image: str, # a picture that is there
     deep: bool = False, # decode it
-) -> tuple[str, list[str]]: # what is wrong, "" if nothing is; what is odd
+) -> tuple[BadRecord | None, list[str]]: # what is wrong; what is odd
     "What a picture says of itself."
     try:
         with open_image(source.open(image)) as opened: odd = oddities(opened, image)
         if deep:
             with open_image(source.open(image)) as opened: opened.load()       # anew: looking for a second frame moves on
-        return "", odd
-    except OSError as e: return f"image: {shown(image, 200)} cannot be read ({e.strerror or e}); give access to it, or leave the record out", []
-    except Exception as e: return f"image: {shown(image, 200)}: {e}; replace it, or leave the record out", []
+        return None, odd
+    except OSError as e: return BadRecord("missing", f"{shown(image)} cannot be read ({printable(e.strerror or e, 200)})", "give access to it, or leave the record out", "image"), []
+    except Exception as e:
+        return BadRecord(e.kind if isinstance(e, Refused) else "unreadable", f"{shown(image)}: {printable(e, 400)}", "replace it, or leave the record out", "image"), []
 
 # %% ../nbs/34_doctor.ipynb #4160014b
 LISTED = 10_000       # notes of a kind that are kept; all are counted
@@ -83,7 +83,7 @@ class Findings:
     sources: dict[str, Counter] = field(default_factory=dict)        # of each source: "good", "bad"
     origins: dict[str, Folder | None] = field(default_factory=dict)  # where the pictures of each file lie
     samples: list[Problem] = field(default_factory=list)             # good records, the first of each source
-    pictures: dict[str, str] = field(default_factory=dict)           # what is wrong with each that was opened, "" if nothing is
+    pictures: dict[str, BadRecord | None] = field(default_factory=dict)      # what is wrong with each that was opened
     total = property(lambda self: sum(sum(c.values()) for c in self.sources.values()))
     good = property(lambda self: sum(c["good"] for c in self.sources.values()))
 
@@ -99,25 +99,25 @@ class Findings:
             if image is not None: by_path.setdefault(image, []).append(i)
         with ThreadPoolExecutor(min(threads, os.cpu_count() or 1) if deep else threads) as pool: said = dict(zip(by_path, pool.map(lambda image: look(source, image, deep), by_path)))
         self.pictures |= {image: wrong for image, (wrong, _) in said.items()}
-        bad = {i: said[image][0] for image, rows in by_path.items() if said[image][0] for i in rows}
+        bad = {i: wrong for image, rows in by_path.items() if (wrong := said[image][0]) for i in rows}
         odd: dict[str, list[int]] = {what: rows.tolist() for what, rows in records.noted().items()}
         for image, rows in by_path.items():
             for what in said[image][1]: odd.setdefault(what, []).extend(rows)
         self._keep(records, source, bad, odd | _doubled(records))
 
-    def _keep(self, records: Records, source: Folder | None, bad: dict[int, str], odd: dict[str, list[int]]) -> None:
-        problems = sorted([*records.problems, *(records.place(i, message) for i, message in bad.items())], key=lambda p: (p.file, p.index))
+    def _keep(self, records: Records, source: Folder | None, bad: dict[int, BadRecord], odd: dict[str, list[int]]) -> None:
+        problems = sorted([*records.problems, *(records.place(i, wrong) for i, wrong in bad.items())], key=lambda p: (p.file, p.index))
         self.problems += problems
         self.origins |= dict.fromkeys(records.files, source)
         for what, rows in odd.items():
             self.counts[what] += len(rows)
             kept = self.notes.setdefault(what, [])
-            kept += [records.place(i, what) for i in sorted(rows)[:LISTED - len(kept)]]
+            kept += [records.place(i, BadRecord("note", what)) for i in sorted(rows)[:LISTED - len(kept)]]
         for p in problems: self.sources.setdefault(p.source, Counter())["bad"] += 1
         for i, name in enumerate(records.table["source"].to_pylist() if records.rows is None else records.table["source"].take(records.rows).to_pylist()):
             if i in bad: continue
             self.sources.setdefault(name, Counter())["good"] += 1
-            if self.sources[name]["good"] == 1: self.samples.append(records.place(i, f"the first record of {shown(name)}"))
+            if self.sources[name]["good"] == 1: self.samples.append(records.place(i, BadRecord("note", f"the first record of {shown(name)}")))
 
 def _doubled(records: Records) -> dict[str, list[int]]:
     "Records whose id another one of their files has, too: of no consequence, a record is known by its place."
@@ -151,16 +151,14 @@ def summary(
 def line(
     p: Problem,
     record, # as it stands in its file
-    noted: bool = False, # it is odd, and taken
 ) -> dict: # JSON
     "A finding for a program."
-    where, _, what = p.message.partition(": ") if re.match(r"(conversations|image)\S*: ", p.message) else ("", "", p.message)
-    what, _, remedy = what.rpartition("; ") if "; " in what else (what, "", "")
-    value = record if where else None
-    for key in re.findall(r"\w+", where):
+    value = record if p.field else None
+    for key in p.field.replace("[", ".").replace("]", "").split("."):
         try: value = value[int(key) if isinstance(value, list) else key]
         except (LookupError, TypeError, ValueError): value = None
-    return {"file": p.file, "index": p.index, "id": p.id, "source": p.source, "kind": "note" if noted else p.kind, "field": where, "value": value[:200] if isinstance(value, str) else None if value is None else shown(value, 200), "what": what, "remedy": remedy, "message": p.message}
+    told = {name: getattr(p, name) for name in ("file", "index", "id", "source", "kind", "field", "what", "remedy", "message")}
+    return told | {"value": value if value is None or not p.field else printable(value, 200) if isinstance(value, str) else shown(value, 200)}
 
 # %% ../nbs/34_doctor.ipynb #ea6b2102
 def thumbnail(
@@ -169,7 +167,7 @@ def thumbnail(
     side: int = 160, # pixels
 ) -> str: # HTML
     "A record's picture, or why there is none."
-    image = record.get("image") if isinstance(record, dict) else None
+    image = image_of(record) if isinstance(record, dict) else None
     if image is None: return ""
     if source is None or not isinstance(image, str) or source.problems([image]): return "<i>no picture</i>"
     try:
@@ -187,7 +185,7 @@ def strip(
 ) -> str: # HTML
     "A record as the model reads it, or as it stands if it cannot."
     try: encoded = gate.encoder(gate.template.segments(normalise(record)))
-    except ValueError: return f"<pre>{escape(json.dumps(record, ensure_ascii=True, indent=1)[:1500])}</pre>"
+    except ValueError: return f"<pre>{escape(shown(record, 1500))}</pre>"
     ids = encoded.input_ids[:longest]
     tokens = ["<image>" if i == gate.encoder.image_token_id else gate.encoder.tokenizer.convert_ids_to_tokens(i) for i in ids]
     return token_strip(tokens, [label != IGNORE_INDEX for label in encoded.labels[:longest]]).source + (f"<p>and {len(encoded.input_ids) - longest:,} more tokens" if len(encoded.input_ids) > longest else "")
@@ -201,7 +199,7 @@ def page(
 ) -> str: # HTML that needs nothing else
     "All findings by kind, with pictures and masks."
     def whole(p: Problem) -> str:
-        record = json.loads(rows[p.file, p.index]) if (p.file, p.index) in rows else None
+        record = _as_it_stands(rows[p.file, p.index]) if (p.file, p.index) in rows else None
         return f"<div class=card><div>{thumbnail(found.origins.get(p.file), record)}</div><div><b>record {p.index} (id {escape(p.id)})</b> {escape(p.message)}{strip(record, gate)}</div></div>"
     parts = [f"<h1>{len(found.problems):,} findings in {found.total:,} records</h1>", _table(["source", "good", "bad"], [(name, c["good"], c["bad"]) for name, c in found.sources.items()])]
     for kind, problems in by_kind(found.problems).items():
@@ -227,13 +225,18 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     shown = [*found.samples[:12], *(p for ps in by_kind(found.problems).values() for p in ps[:WHOLE]), *(p for ps in found.notes.values() for p in ps[:1])]
     keep, rows, listed = {(p.file, p.index) for p in shown}, {}, {}
-    for p, noted in [(p, False) for p in found.problems] + [(p, True) for ps in found.notes.values() for p in ps]: listed.setdefault((p.file, p.index), []).append((p, noted))
+    for p in [*found.problems, *(p for ps in found.notes.values() for p in ps)]: listed.setdefault((p.file, p.index), []).append(p)
     with open_new(folder / "findings.jsonl") as out:
         for file in found.origins:
             for k, row in raw_rows(file, {index for f, index in listed.keys() | keep if f == file}):
                 if (file, k) in keep: rows[file, k] = row
-                for p, noted in listed.get((file, k), ()): out.write(json.dumps(line(p, json.loads(row), noted)) + "\n")
+                for p in listed.get((file, k), ()): out.write(json.dumps(line(p, _as_it_stands(row))) + "\n")
     with open_new(folder / "findings.html") as out: out.write(page(found, gate, rows))
+
+def _as_it_stands(row: str): # any value of JSON
+    "A record as its file says it; its text where it is none."
+    try: return parsed(row)[0]
+    except BadRecord: return row[:2000]
 
 # %% ../nbs/34_doctor.ipynb #ba03aec0
 def first_look(
@@ -242,17 +245,17 @@ def first_look(
     rank: int = 0,
     world_size: int = 1, # ranks that share the pictures
     threads: int = 16, # see `Findings.add`
-    known: dict[str, str] | None = None, # what is wrong with each picture, from a doctor who has opened all
+    known: dict[str, BadRecord | None] | None = None, # what is wrong with each picture, from a doctor who has opened all
 ) -> tuple[int, list[Problem]]: # pictures that this rank opened; a record of each that cannot be read
     "Open the headers of as many pictures as the time allows."
     pictures, records = np.unique(dataset.pictures, return_index=True)
     order = np.random.default_rng(0).permutation(records[pictures >= 0])[rank::world_size].tolist()
-    if known is not None: return len(order), [dataset.records.place(i, known[dataset.records[i]["image"]]) for i in sorted(order) if known.get(dataset.records[i]["image"])]
+    if known is not None: return len(order), [dataset.records.place(i, wrong) for i in sorted(order) if (wrong := known.get(dataset.records.image(i)))]
     until, opened, bad = time.monotonic() + seconds, 0, []
     with ThreadPoolExecutor(threads) as pool:
         while opened < len(order) and time.monotonic() < until:
             some = order[opened:opened + 16 * threads]
-            images = [dataset.records[i]["image"] for i in some]
+            images = [dataset.records.image(i) for i in some]
             bad += [dataset.records.place(i, wrong) for i, (wrong, _) in zip(some, pool.map(lambda image: look(dataset.source, image), images)) if wrong]
             opened += len(some)
     return opened, bad

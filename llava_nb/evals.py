@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from .conversation import Template, normalise
+from .conversation import SYSTEM, Template, image_of, normalise
 from .imageproc import ImageTransform
 from .masking import Encoder
 
@@ -68,12 +68,17 @@ def answer(
     model.eval(); found = []
     for k in range(0, len(records), batch_size):
         batch = records[k:k + batch_size]
-        prompts = [encoder(template.prompt(normalise(r)[:1])).input_ids for r in batch]
-        pictures = [transform(Path(image_folder) / r["image"]) for r in batch if "image" in r]
+        prompts = [encoder(template.prompt(_question(r))).input_ids for r in batch]
+        pictures = [transform(Path(image_folder) / image) for r in batch if (image := image_of(r)) is not None]
         found += [Answer(r, text) for r, text in zip(batch, _generate(model, tokenizer, template, prompts, pictures, blank, max_new_tokens))]
         progress(len(found))
     model.train(was_training)
     return found
+
+def _question(record: dict) -> list[dict]: # turns
+    "The first question, behind the record's own system prompt."
+    turns = normalise(record)
+    return turns[:1 + (turns[0]["from"] == SYSTEM)]
 
 def _generate(model, tokenizer, template, prompts, pictures, blank, max_new_tokens) -> list[str]:
     stop = tokenizer.convert_tokens_to_ids(template.stop) if template.stop in tokenizer.get_vocab() else tokenizer.eos_token_id

@@ -115,7 +115,7 @@ def cached_features(
     folder = Path(cache) / extractor.fingerprint(dataset.image_transform)
     folder.mkdir(parents=True, exist_ok=True)
     numbers, first = np.unique(dataset.pictures, return_index=True)
-    pictures = {dataset.records[int(i)]["image"]: (number, int(i)) for number, i in zip(numbers.tolist(), first) if number >= 0}
+    pictures = {dataset.records.image(int(i)): (number, int(i)) for number, i in zip(numbers.tolist(), first) if number >= 0}
     blank = extractor(torch.zeros(1, *dataset.image_transform.shape))[0]
     with FileLock(f"{folder}.lock"):
         index = _known(folder)
@@ -144,7 +144,7 @@ class _Missing(Dataset):
     def __init__(self, dataset: LlavaDataset, records: list[int]): self.dataset, self.records = dataset, records
     def __len__(self) -> int: return len(self.records)
     def __getitem__(self, k: int) -> tuple[torch.Tensor, tuple[str, str, str]]:
-        i = self.records[k]; name, source = self.dataset.records[i]["image"], self.dataset.source
+        i = self.records[k]; name, source = self.dataset.records.image(i), self.dataset.source
         return self.dataset.pixels(i), (name, source.stamp(name), hashlib.sha256(source.read(name)).hexdigest())
 
 def _stacked(some: list[tuple]) -> tuple[torch.Tensor, list]: return torch.stack([pixels for pixels, _ in some]), [said for _, said in some]

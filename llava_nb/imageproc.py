@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_BYTES', 'MAX_PIXELS', 'MAX_SIDE', 'MIN_SIDE', 'MAX_RATIO', 'MAX_MEMORY', 'MAX_SCANS', 'MAX_SCANNED',
-           'MAX_READS', 'MAX_SECONDS', 'MAX_EXIF', 'WHOLE', 'BAND', 'sniff', 'Refused', 'check_size', 'decoding_memory',
-           'count_scans', 'check_scans', 'Bounded', 'check_exif', 'open_image', 'to_rgb', 'turn_of', 'oddities',
-           'background_from_mean', 'scale', 'ImageTransform']
+           'MAX_READS', 'MAX_SECONDS', 'MAX_EXIF', 'WHOLE', 'BAND', 'sniff', 'Refused', 'TooLarge', 'check_size',
+           'decoding_memory', 'count_scans', 'check_scans', 'Bounded', 'check_exif', 'open_image', 'to_rgb', 'turn_of',
+           'oddities', 'background_from_mean', 'scale', 'ImageTransform']
 
 # %% ../nbs/12_imageproc.ipynb #b7405693
 import os
@@ -51,6 +51,11 @@ MAX_MEMORY = 240_000_000       # bytes that Pillow and its decoder may take for 
 
 class Refused(ValueError):
     "A picture that is not read, and why."
+    kind = "unreadable"
+
+class TooLarge(Refused):
+    "One whose file, sides or decoding are past the limits."
+    kind = "size"
 
 def check_size(
     width: int,
@@ -59,7 +64,7 @@ def check_size(
     "Refuse a picture of a size that no photograph has."
     longer, shorter = max(width, height), min(width, height)
     if width * height > MAX_PIXELS or longer > MAX_SIDE or shorter < MIN_SIDE or longer > MAX_RATIO * shorter:
-        raise Refused(f"it has {width:,} x {height:,} pixels; at most {MAX_PIXELS / 1e6:.0f} million, {MIN_SIDE} to {MAX_SIDE:,} a side and {MAX_RATIO}:1 are read, scale it first")
+        raise TooLarge(f"it has {width:,} x {height:,} pixels; at most {MAX_PIXELS / 1e6:.0f} million, {MIN_SIDE} to {MAX_SIDE:,} a side and {MAX_RATIO}:1 are read, scale it first")
 
 def decoding_memory(
     image: Image.Image, # opened, not decoded
@@ -101,7 +106,7 @@ def check_scans(
     found = count_scans(image.fp.read())
     if found > MAX_SCANS or found * image.width * image.height > MAX_SCANNED:
         more = "more than " * (found > MAX_SCANS)
-        raise Refused(f"it has {more}{min(found, MAX_SCANS)} scans of {image.width:,} x {image.height:,} pixels and would take too long; save it anew")
+        raise TooLarge(f"it has {more}{min(found, MAX_SCANS)} scans of {image.width:,} x {image.height:,} pixels and would take too long; save it anew")
 
 # %% ../nbs/12_imageproc.ipynb #5a1c3e04
 MAX_READS, MAX_SECONDS = 500_000, 20       # pieces of one file; of a thread's computing, for opening and decoding
@@ -118,8 +123,8 @@ class Bounded:
     def read(self, size: int = -1) -> bytes:
         "The next bytes, or `Refused`."
         self.left -= 1
-        if self.left < 0: raise Refused("it is made of far too many pieces and would take too long; save it anew")
-        if time.thread_time() > self.end: raise Refused(f"decoding it takes more than {self.seconds:g} s; save it anew")
+        if self.left < 0: raise TooLarge("it is made of far too many pieces and would take too long; save it anew")
+        if time.thread_time() > self.end: raise TooLarge(f"decoding it takes more than {self.seconds:g} s; save it anew")
         return self.file.read(size)
 
     def __getattr__(self, name: str): return getattr(self.file, name)
@@ -141,7 +146,7 @@ def check_exif(
         size += length * (head[1] == 0xe1 and head[4:] == b"Exif\0\0")
         at += 2 + length if segment else 1
     file.seek(0)
-    if size > MAX_EXIF: raise Refused(f"its EXIF has more than {MAX_EXIF:,} bytes; save it without")
+    if size > MAX_EXIF: raise TooLarge(f"its EXIF has more than {MAX_EXIF:,} bytes; save it without")
 
 # %% ../nbs/12_imageproc.ipynb #f26d4be1
 @contextmanager
@@ -153,7 +158,7 @@ def open_image(
         with _regular(file) if isinstance(file, str | Path) else file as opened:
             size, _ = opened.seek(0, os.SEEK_END), opened.seek(0)
             if (kind := sniff(opened.read(512))) not in FORMATS: raise Refused(f"its content is {kind}, and only {', '.join(FORMATS)} are read; fetch or convert it")
-            if size > MAX_BYTES: raise Refused(f"it has {size:,} bytes; at most {MAX_BYTES:,} are read, scale it down first")
+            if size > MAX_BYTES: raise TooLarge(f"it has {size:,} bytes; at most {MAX_BYTES:,} are read, scale it down first")
             opened.seek(0)
             _filter_warnings()
             bounded = Bounded(opened)
@@ -161,10 +166,10 @@ def open_image(
             with Image.open(bounded, formats=FORMATS) as image:
                 check_size(*image.size)
                 if image.format in ("JPEG", "MPO"): check_scans(image)
-                if (need := decoding_memory(image, size)) > MAX_MEMORY: raise Refused(f"it has {image.width:,} x {image.height:,} pixels, whose decoding as {kind} would take {need / 1e6:,.0f} MB; at most {MAX_MEMORY / 1e6:.0f} are taken, scale it down first")
+                if (need := decoding_memory(image, size)) > MAX_MEMORY: raise TooLarge(f"it has {image.width:,} x {image.height:,} pixels, whose decoding as {kind} would take {need / 1e6:,.0f} MB; at most {MAX_MEMORY / 1e6:.0f} are taken, scale it down first")
                 yield image
     except (Refused, MemoryError): raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e: raise Refused(f"it has far more pixels than the {MAX_PIXELS / 1e6:.0f} million that are read ({e})") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e: raise TooLarge(f"it has far more pixels than the {MAX_PIXELS / 1e6:.0f} million that are read ({e})") from None
     except Exception as e:      # Pillow's openers and decoders raise a dozen kinds
         if getattr(e, "errno", None): raise        # of the file system, not of the picture
         raise Refused(f"it is damaged, or not what it seems ({type(e).__name__}: {one_line(e, 200)})") from None
@@ -199,7 +204,7 @@ def turn_of(
 ) -> int | None: # for `Image.transpose`
     "What undoes the turn that EXIF names."
     size = len(image.info.get("exif", b""))
-    if size > MAX_EXIF: raise Refused(f"its EXIF has {size:,} bytes; save it without")
+    if size > MAX_EXIF: raise TooLarge(f"its EXIF has {size:,} bytes; save it without")
     return _TURNS.get(image.getexif().get(0x0112))
 
 def _turned(image: Image.Image) -> tuple[bool, bool]: # EXIF says to turn it; EXIF is damaged

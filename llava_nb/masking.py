@@ -15,11 +15,11 @@ from importlib.resources import files
 from itertools import accumulate, groupby
 from typing import NamedTuple
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .conversation import Segment, is_control
-from .terminal import shown
+from .conversation import BadRecord, Segment, is_control
+from .terminal import printable, shown
 
 # %% ../nbs/11_masking.ipynb #9aae1978
 IGNORE_INDEX = -100      # cross-entropy skips it
@@ -71,9 +71,9 @@ def encode_chunk(
     "Encode the text between two pictures once, and mark what is learned."
     pieces, owners = zip(*_laid_out(segments, breaks))
     text = "".join(pieces)
-    if text.count(SENTINEL[0]) != pieces.count(SENTINEL): raise ValueError(f"a text holds U+{ord(SENTINEL[0]):04X}, which no text may; remove it")
+    if text.count(SENTINEL[0]) != pieces.count(SENTINEL): raise BadRecord("text", f"a text holds U+{ord(SENTINEL[0]):04X}, which no text may", "remove it")
     ends = list(accumulate(map(len, pieces)))
-    encoding = text_only.encode(text, add_special_tokens=False)
+    encoding = _encoded(text_only, text)
     ids, labels = [], []
     for token, (start, end) in zip(encoding.ids, encoding.offsets):
         segment = owners[bisect_right(ends, max(start, end - 1))]
@@ -81,6 +81,13 @@ def encode_chunk(
         ids.append(special_ids[segment.text] if segment.kind == "special" else renumber.get(token, token))
         labels.append(ids[-1] if segment.learned else IGNORE_INDEX)
     return ids, labels
+
+def _encoded(text_only: Tokenizer, text: str) -> Encoding:
+    "A tokenizer may fail on a text: its regular expression runs out of steps, say, and Rust panics, which is no `Exception`."
+    try: return text_only.encode(text, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit, MemoryError): raise
+    except BaseException as e:
+        raise BadRecord("tokenizer", f"the tokenizer fails on a text of {len(text):,} characters ({type(e).__name__}: {printable(e, 200)})", "leave the record out", "conversations") from None
 
 # %% ../nbs/11_masking.ipynb #0baf40c3
 def goes_on(
@@ -128,7 +135,7 @@ class Encoder:
         segments: Sequence[Segment], # from a template
     ) -> Encoded:
         "Encode chunk by chunk, put the pictures between, cut at `max_length`."
-        return self._cut(*self.uncut(segments))
+        return self.cut(self.uncut(segments))
 
     def uncut(self,
         segments: Sequence[Segment], # from a template
@@ -151,17 +158,21 @@ class Encoder:
         ids, labels = encode_chunk(self.text_only, eaten(segments, self.eats), specials, self.renumber, self.breaks)
         controls = self.control_ids.union(specials.values())
         if sum(map(controls.__contains__, ids)) != sum(s.kind == "special" for s in segments):
-            raise ValueError(f"a record's text became a special token ({[self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in controls]}); this tokenizer's vocabulary spells it from ordinary pieces")
+            found = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in controls]
+            raise BadRecord("text", f"a text became a special token ({shown(found)})", "this tokenizer's vocabulary spells it from ordinary pieces; leave the record out")
         return ids, labels
 
     def _special_id(self, literal: str) -> int:
         found = self.tokenizer.backend_tokenizer.token_to_id(literal)      # get_vocab() would copy 50,000 entries a record
-        if found is None: raise ValueError(f"the template ends or opens turns with {shown(literal)}, which this tokenizer does not know; choose the model's own template ('chat_template')")
+        if found is None: raise BadRecord("tokenizer", f"the template ends or opens turns with {literal!r}, which this tokenizer does not know", "choose the model's own template ('chat_template')")
         return found
 
-    def _cut(self, ids: list[int], labels: list[int], spans: list[tuple[int, int]]) -> Encoded:
-        for start, end in spans:
-            if start < self.max_length < end:
-                raise ValueError(f"model_max_length {self.max_length} cuts an image whose features take positions {start} to {end}; raise it to at least {end}")
-        n = self.max_length
-        return Encoded(ids[:n], labels[:n], [s for s in spans if s[1] <= n])
+    def cut(self,
+        whole: Encoded, # see `uncut`
+    ) -> Encoded:
+        "What is left at `max_length`."
+        (ids, labels, spans), n = whole, self.max_length
+        for start, end in spans:        # an image that is cut, or left behind, has features without a place
+            if end > n: raise BadRecord("length", f"model_max_length {n} {'cuts' if start < n else 'ends before'} an image whose features take positions {start} to {end}",
+                                        f"raise it to at least {end}, or shorten the text before the image")
+        return Encoded(ids[:n], labels[:n], spans)

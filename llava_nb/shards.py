@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute
 from filelock import FileLock
 
+from .conversation import BadRecord
 from .records import cache_folder
-from .terminal import shown
+from .terminal import printable, shown
 
 # %% ../nbs/18_shards.ipynb #f28cd2a1
 def write_shards(
@@ -156,12 +157,12 @@ class Shards:
         "Where a picture lies."
         head, _, rest = image.partition("/")
         shard, name = (head, rest) if head.endswith(".tar") else ("", image)
-        wanted = name.encode("utf-8", "surrogateescape")
+        wanted = _bytes(name)
         first, last = (int(np.searchsorted(self.hashes, np.uint64(_hash(wanted)), side)) for side in ("left", "right"))
         rows = [self.table.slice(k, 1).to_pylist()[0] for k in range(first, last)]
         found = [(self.shards[r["shard"]], r["offset"], r["size"]) for r in rows if r["name"] == wanted and self.shards[r["shard"]].endswith(shard and f"/{shard}")]
-        if len(found) > 1: raise ValueError(f"image: {shown(image, 200)} lies in {len(found)} shards of {self.root}; write SHARD.tar/{name}")
-        if not found: raise ValueError(f"image: {shown(image, 200)} is in no shard of {self.root}; add it, or leave the record out")
+        if len(found) > 1: raise BadRecord("path", f"{shown(image)} lies in {len(found)} shards of {self.root}", f"write SHARD.tar/{printable(name, 80)}", "image")
+        if not found: raise BadRecord("missing", f"{shown(image)} is in no shard of {self.root}", "add it, or leave the record out", "image")
         return found[0]
 
     def open(self,
@@ -178,7 +179,7 @@ class Shards:
 
     def problems(self,
         images: list[str],
-    ) -> dict[str, str]: # message by path
+    ) -> dict[str, BadRecord]: # by path
         "The paths that name no picture."
         names, wrong = self.table["name"], {}
         asked = pa.array([image.encode("utf-8", "surrogatepass") for image in images], pa.binary())
@@ -187,8 +188,13 @@ class Shards:
         for image, name, known in zip(images, asked.to_pylist(), pa.compute.is_in(asked, names).to_pylist()):
             if known and name not in twice: continue
             try: self.find(image)
-            except ValueError as e: wrong[image] = str(e)
+            except BadRecord as e: wrong[image] = e
         return wrong
+
+def _bytes(name: str) -> bytes:
+    "A name as a tar holds it; one that no tar can hold is found nowhere."
+    try: return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError: return name.encode("utf-8", "surrogatepass")
 
 def _reopen(root: str, folder: Path) -> Shards:
     "The same shards in another process: no look at them, no copy of the index."

@@ -453,7 +453,7 @@ def size_of_data(
     if not path or not ("://" in path or Path(path).exists()): return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None, 0
     has_image, pictures, sample, rng = [], set(), [], random.Random(0)
     for n, record in enumerate(records.read_records(shards.Shards(path, run.data.records_cache).records if shards.is_shards(path) else path)):
-        has_image.append("image" in record)
+        has_image.append(isinstance(record, dict) and conversation.image_of(record) is not None)
         if has_image[-1]: pictures.add(hash(str(record["image"])))
         k = n if n < MEASURED else rng.randrange(n + 1)         # reservoir sampling
         if k < MEASURED: sample[k:k + 1] = [record]

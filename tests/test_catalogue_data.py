@@ -15,11 +15,11 @@ from runs import config, make_world
 from transformers import AutoTokenizer
 
 from llava_nb import train
-from llava_nb.conversation import get_template
+from llava_nb.conversation import KINDS, get_template
 from llava_nb.doctor import self_test
 from llava_nb.imageproc import open_image
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import Gate, Records, kind_of
+from llava_nb.records import Gate, Records
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +50,19 @@ RECORDS = {
     "10 an id twice": (SOUND, "note", "an id that another record has"),
     "13 not an object": ('"text"', "bad", "a record is an object, this is str"), "14 no conversations": ({"id": "it"}, "bad", "must be a list of turns, got None"),
     "15 conversations null": (of(None), "bad", "must be a list"), "15 conversations text": (of("Hi"), "bad", "must be a list of turns, got 'Hi'"), "16 no turn": (of([]), "bad", "must be a list of turns"),
-    "17 no value": (of([{"from": "human"}, {"from": "gpt", "value": "x"}]), "bad", r"conversations\[0\].value: must be text, got None"), "17 no from": (of([{"value": "x"}]), "bad", r"conversations\[0\].from: None"),
+    "17 no value": (of([{"from": "human"}, {"from": "gpt", "value": "x"}]), "bad", r"conversations\[0\]: a turn without `value`"), "17 no from": (of([{"value": "x"}]), "bad", r"conversations\[0\]: a turn without `from`"),
     "18 value null": (of(said("Hi", None)), "bad", r"\[1\].value: must be text, got None"), "18 value a number": (of(said("Hi", 3)), "bad", "must be text, got 3"), "18 value a list": (of(said(["Hi"], "x")), "bad", r"\[0\].value: must be text"),
     "19 empty answer": (of(said("Hi", "")), "bad", r"\[1\].value: is empty"), "20 empty question": (of(said("", "Hi")), "bad", r"\[0\].value: is empty"), "21 white answer": (of(said("Hi", " \n")), "bad", r"\[1\].value: is empty"),
     "22 user": (of([{"from": "user", "value": "Hi"}]), "bad", "did you mean 'human'"), "22 assistant": (of([*said("Hi"), {"from": "assistant", "value": "Hi"}]), "bad", "did you mean 'gpt'"),
-    "23 system": (of([{"from": "system", "value": "Be kind."}, *said("Hi", "x")]), "bad", "a system prompt comes from the template"), "24 Human": (of([{"from": "Human", "value": "Hi"}]), "bad", "did you mean 'human'"),
+    "23 system": (of([{"from": "system", "value": "Be kind."}, *said("Hi", "x")]), "fine", ""), "23 a later system": (of([*said("Hi", "x"), {"from": "system", "value": "Be kind."}]), "bad", "a system prompt is the first turn"), "24 Human": (of([{"from": "Human", "value": "Hi"}]), "bad", "did you mean 'human'"),
     "24 a space": (of([{"from": "human ", "value": "Hi"}]), "bad", "did you mean 'human'"), "25 two questions": (of([*said("Hi"), *said("Hi", "x")]), "bad", "two 'human' turns in a row"),
     "26 begins with an answer": (of(said("Hi", "Hi", "x", first="gpt")), "note", "first turn dropped"), "27 a picture in a first answer": (of(said("<image>", "Hi", "x", first="gpt"), image="coco/fine.png"), "bad", "belongs to a question"),
     "28 only answers": (of(said("Hi", first="gpt")), "bad", "no question with an answer"), "28 answers in a row": (of([*said("Hi", first="gpt"), *said("Hi", first="gpt")]), "bad", "two|in a row|nothing to learn"),
     "29 ends with a question": (of(said("Hi", "x", "And?")), "note", "last turn dropped"), "30 only a question": (of(said("Hi")), "bad", "nothing to learn"),
-    "31 no <image>": (shown("coco/fine.png", "What?"), "bad", "no turn says <image>"), "32 <image> without a picture": (of(said("Is <image> HTML?", "No.")), "note", "a special token's name in a text"),
-    "33 <image> twice in a turn": (shown("coco/fine.png", "<image> <image> What?"), "note", "several <image> in one question"), "34 <image> in two turns": (of(said("<image>", "x", "<image>", "y"), image="coco/fine.png"), "bad", r"\[2\].value: a second <image>"),
-    "35 <image> in an answer": (of(said("What?", "<image>"), image="coco/fine.png"), "bad", "in an answer"), "36 a list of pictures": (shown(["a", "b"]), "bad", "must be one path"), "36 null": (shown(None), "bad", "must be one path"),
-    "36 empty": (shown(""), "bad", "must be one path"), "36 a number": (shown(7), "bad", "must be one path.* got 7"),
+    "31 no <image>": (shown("coco/fine.png", "What?"), "bad", "no turn says <image>"), "32 <image> without a picture": (of(said("Is <image> HTML?", "No.")), "bad", "<image>, and the record has no `image`; name its file"),
+    "33 <image> twice in a turn": (shown("coco/fine.png", "<image> <image> What?"), "bad", "a second <image> for one image"), "34 <image> in two turns": (of(said("<image>", "x", "<image>", "y"), image="coco/fine.png"), "bad", r"\[2\].value: a second <image>"),
+    "35 <image> in an answer": (of(said("What?", "<image>"), image="coco/fine.png"), "bad", "in an answer"), "36 a list of pictures": (shown(["a", "b"]), "bad", "must be one path.*make a record of each"), "36 a list of one": (shown(["coco/fine.png"]), "note", "an image in a list of one"), "36 null": (of(said("Hi", "x"), image=None), "fine", ""),
+    "36 null and a mark": (shown(None), "bad", "<image>, and the record has no `image`"), "36 empty": (of(said("Hi", "x"), image=""), "fine", ""), "36 an empty list": (of(said("Hi", "x"), image=[]), "note", "an image in a list"), "36 a number": (shown(7), "bad", "must be one path.* got 7"),
     "37 </s> in a question": (of(said("Is </s> a tag?", "x")), "note", "a special token's name"), "38 </s> in an answer": (of(said("Hi", "It is </s>.")), "note", "a special token's name"), "39 <s>": (of(said("Hi", "<s>")), "note", "a special token's name"),
     "40 <unk>": (of(said("<unk>", "<unk>")), "note", "a special token's name"), "41 ASSISTANT:": (of(said("USER: a ASSISTANT: b", "ASSISTANT: USER:")), "fine", ""), "42 other templates' words": (of(said("<im_start> [INST]", "<|im_end|>")), "note", "a special token's name"),
     "43 NUL": (of(said("Hi", "a\0b")), "bad", r"holds U\+0000 at character 1"), "44 half a character": (of(said("Hi", "\ud83d")), "bad", r"holds U\+D83D"),
@@ -102,8 +102,8 @@ def test_a_record(world, case, capsys):
     if outcome == "bad":
         (f,) = mine
         name = "none" if record == '"text"' else "it"
-        assert code == 2 and f["kind"] not in ("note", "other") and f["id"] == name and re.search(message, f["message"]), f
-        assert f"record 1 (id {name}): {f['message']}" in said and f["file"].endswith(".data.json") and kind_of(f["message"]) == f["kind"]
+        assert code == 2 and f["kind"] in KINDS and f["id"] == name and re.search(message, f["message"]), f
+        assert f"record 1 (id {name}): {f['message']}" in said and f["file"].endswith(".data.json")
         assert train.main([str(world / f"{slug(case)}.json"), "--use_cpu", "True"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("llava_nb: 1 of 2 records cannot be trained on") and f["message"] in err and "Traceback" not in err
@@ -253,7 +253,7 @@ def test_a_picture_that_may_not_be_read(tmp_path):
         try:
             if os.getuid() == 0: os.setgroups([]); os.setuid(65534)
             said, _ = look(source, "x.png")
-            code = 0 if "'x.png' cannot be read (Permission denied); give access to it" in said and kind_of(said) == "missing" else 3
+            code = 0 if "'x.png' cannot be read (Permission denied); give access to it" in str(said) and said.kind == "missing" else 3
         finally: os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -297,7 +297,7 @@ def test_a_template_that_reaches_for_more_than_text(world, capsys):
     tokenizer = AutoTokenizer.from_pretrained(world / "sly"); tokenizer.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"; tokenizer.save_pretrained(world / "sly")
     assert examined(world, "sly_v1", [SOUND], capsys, model=str(world / "sly"))[0] == 0
     code, said, _ = examined(world, "sly_own", [SOUND], capsys, model=str(world / "sly"), template="chat_template")
-    assert code == 2 and "chat template" in said and said.count("\n") == 1
+    assert code == 2 and "chat_template" in said and said.count("\n") == 1
 
 
 def test_a_thousand_faults_are_a_thousand_findings(world, capsys):

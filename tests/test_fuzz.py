@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava_nb.conversation import get_template
+from llava_nb.conversation import KINDS, get_template
 from llava_nb.doctor import Findings, look, summary, write
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
@@ -26,7 +26,7 @@ COUNT, PICTURES = int(os.environ.get("FUZZ", 3000)), int(os.environ.get("FUZZ_PI
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 200)
 TEXTS = ["", " ", "</s>", "<unk>", "<image>", "<image>\n<image>", "ASSISTANT:", "USER: x ASSISTANT: y</s>", "\x00", "\ud800", "\ufdd0\ufddf", "\ufffe", "e\u0301" * 40, "\u202e", "\U0001f469\u200d\U0001f680", "a" * 3000, "\n" * 50, "[INST]", "<s>", "{{ x }}", "%s"]
 VALUES = [None, True, 0, -1, 1.5, 10**30, float("nan"), [], {}, [[]], [{}], {"from": "gpt"}, *TEXTS]
-KEYS = ["from", "value", "conversations", "image", "id", "role", "content", ""]
+KEYS = ["from", "value", "conversations", "image", "images", "video", "weight", "id", "role", "content", ""]
 
 
 def places(node, path=()) -> list[tuple]:
@@ -68,7 +68,7 @@ def test_a_mutated_record_is_taken_whole_or_refused_with_a_reason(template, reco
         for _ in range(rng.choice((1, 1, 1, 2, 3, 8))): record = mutate(record, rng)
         (row,) = gate([json.dumps(record)]).to_pylist()
         assert row["id"] == record_id(record)
-        if row["problem"]: refused += 1; assert len(row["problem"]) > 10; continue
+        if row["problem"]: refused += 1; assert row["problem"]["kind"] in KINDS and row["problem"]["what"] and row["problem"]["remedy"]; continue
         taken += 1
         encoded = encode(json.loads(row["record"]), gate.template, gate.encoder)
         sample = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels), "pixel_values": torch.zeros(3, 4, 4) if row["image"] else None}

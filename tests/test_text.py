@@ -138,14 +138,14 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused():
 
 REFUSED = {
     "conversations: must be a list": {"conversations": None}, "use 'human' or 'gpt'": {"conversations": [{"from": "user", "value": "a"}]}, "mean 'gpt'": {"conversations": [{"from": "assistant", "value": "a"}]},
-    "system prompt comes from the template": {"conversations": [{"from": "system", "value": "a"}]}, "must be text": {"conversations": [{"from": "human", "value": None}]},
+    "a system prompt is the first turn": {"conversations": [{"from": "human", "value": "a"}, {"from": "system", "value": "a"}]}, "must be text": {"conversations": [{"from": "human", "value": None}]},
     "is empty": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " \n"}]}, "nothing to learn": {"conversations": [{"from": "gpt", "value": "a"}]},
     "must alternate": {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "a"}]},
     "no turn says <image>": {"image": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "a"}]},
     "a second <image>": {"image": "x", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}, {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]},
-    "belongs to a question": {"image": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image>"}]}, "must be one path": {"image": ["x"], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]},
+    "belongs to a question": {"image": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "<image>"}]}, "must be one path": {"image": ["x", "y"], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]},
     r"U\+0000": {"conversations": [{"from": "human", "value": "a\x00"}, {"from": "gpt", "value": "a"}]}, r"U\+D83D": {"conversations": [{"from": "human", "value": "a\ud83d"}, {"from": "gpt", "value": "a"}]},
-    r"U\+FDD0": {"conversations": [{"from": "human", "value": "\ufdd0"}, {"from": "gpt", "value": "a"}]}, "picture would be lost": {"image": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "<image>"}]},
+    r"U\+FDD0": {"conversations": [{"from": "human", "value": "\ufdd0"}, {"from": "gpt", "value": "a"}]}, "image would be lost": {"image": "x", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "<image>"}]},
 }
 
 
@@ -154,10 +154,10 @@ def test_what_cannot_be_trained_on_is_refused_with_its_reason(reason):
     with pytest.raises(ValueError, match=reason): normalise(REFUSED[reason])
 
 
-def test_image_marker_moves_to_the_front_and_doubles_collapse():
-    turns = normalise({"image": "x", "conversations": [{"from": "human", "value": "Look <image> at <image> this"}, {"from": "gpt", "value": "ok"}]})
-    assert turns[0]["value"] == "<image>\nLook  at  this"
-    text_only = normalise({"conversations": [{"from": "human", "value": "<image> in HTML"}, {"from": "gpt", "value": "<image> it is"}]})
+def test_the_image_mark_moves_to_the_front_and_html_stays_text():
+    turns = normalise({"image": "x", "conversations": [{"from": "human", "value": "Look <image> at this"}, {"from": "gpt", "value": "ok"}]})
+    assert turns[0]["value"] == "<image>\nLook  at this"
+    text_only = normalise({"conversations": [{"from": "human", "value": "the <img> tag in HTML"}, {"from": "gpt", "value": "the <img> it is"}]})
     assert not any(s.kind == "image" for s in TEMPLATES["v1"].segments(text_only))
 
 
@@ -165,7 +165,7 @@ def test_control_tokens_added_without_the_flag_are_still_out_of_reach():
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", IMAGE_TOKEN, "<tool_call>"])          # not flagged special
     encoder = Encoder(tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), 5, 500)
-    count = lambda words: sum(i >= 2048 for i in encoder(TEMPLATES["chatml"].segments(normalise({"conversations": [{"from": "human", "value": words}, {"from": "gpt", "value": words}]}))).input_ids)
+    count = lambda words: sum(i >= 2048 for i in encoder(TEMPLATES["chatml"].segments([{"from": "human", "value": words}, {"from": "gpt", "value": words}])).input_ids)
     assert count("fox <|im_end|> <image> <tool_call> <|im_start|>") == count("fox") == 6
 
 
