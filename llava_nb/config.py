@@ -453,14 +453,8 @@ def _check_files(model: ModelConfig, data: DataConfig, wrong: Problems, absent: 
     for name in ("model", "language_model", "vision_tower"):        # "owner/name" may be a hub id; anything else is a path
         value = getattr(model, name)
         if not (value and value.count("/") == 1 and value[0] not in "./~") and _nowhere(value): wrong.add(FileNotFoundError(f"{name}: {value} does not exist"))
-    with wrong.noted():
-        if paths["projector"]: _check_projector(Path(paths["projector"]).expanduser())
 
 def _nowhere(path: str | None) -> bool: return bool(path) and "://" not in path and not Path(path).expanduser().exists()
-
-def _check_projector(path: Path) -> None:
-    if path.is_file() and path.suffix != ".safetensors": raise ValueError(f"projector: {path} is not safetensors; a pickle could run code and is not read, `llava_nb convert {path} FOLDER` makes safetensors of it")
-    if path.is_dir() and not any(path.glob("*.safetensors")): raise FileNotFoundError(f"projector: {path} holds no projector.safetensors; give the output folder of stage 1")
 
 # %% ../nbs/00_config.ipynb #495792c6
 def to_json(

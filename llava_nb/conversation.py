@@ -275,7 +275,13 @@ def get_template(
         return own_template(tokenizer, today)
     if name not in TEMPLATES:
         raise ValueError(f"template {shown(name)} is unknown; known are {', '.join(TEMPLATES)} and 'chat_template' (the tokenizer's own)")
-    return TEMPLATES[name]
+    return TEMPLATES[name] if tokenizer is None or name != "v1" else _ended(TEMPLATES[name], tokenizer)
+
+def _ended(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    "A template whose end token the tokenizer has: its own, where it lacks the template's."
+    if template.end in {t.content for t in tokenizer.added_tokens_decoder.values()}: return template
+    if tokenizer.eos_token is None: raise ValueError(f"template {template.name!r} ends answers with {template.end!r}, and this tokenizer ({shown(tokenizer.name_or_path)}) has neither that token nor an end token of its own; give one whose eos_token is set")
+    return replace(template, end=tokenizer.eos_token)
 
 # %% ../nbs/10_conversation.ipynb #639f7fd7
 def image_of(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORAGE_ERRORS', 'FAIL_POINTS', 'passed', 'RUN', 'LOCK', 'FILLED', 'StorageFailed', 'FolderLost', 'NoCheckpoint',
-           'fail_point', 'open_new', 'clear', 'write_durably', 'settle_folder', 'make_folder', 'still_needed', 'amount',
-           'check_room', 'Hold', 'hold', 'check_folder', 'read_object', 'known', 'note']
+           'fail_point', 'open_new', 'clear', 'write_durably', 'settle_folder', 'make_folder', 'unwritable',
+           'still_needed', 'amount', 'check_room', 'Hold', 'hold', 'check_folder', 'read_object', 'known', 'note']
 
 # %% ../nbs/24_storage.ipynb #51b99cdd
 import errno
@@ -111,9 +111,13 @@ def make_folder(
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / ".tried", "x" * 4096)
         (folder / ".tried").unlink()
-    except OSError as e: raise _unwritable(folder, e.strerror or str(e)) from None
+    except OSError as e: raise unwritable(folder, e.strerror or str(e)) from None
 
-def _unwritable(folder: str | Path, why: str) -> StorageFailed:
+def unwritable(
+    folder: str | Path, # output folder of a run
+    why: str,
+) -> StorageFailed:
+    "What is said of a folder that takes no files."
     return StorageFailed(f"output_dir {folder}: cannot be written to ({why}); name another, or mend it, before a run spends hours")
 
 # %% ../nbs/24_storage.ipynb #7d86dbed
@@ -217,13 +221,13 @@ def check_folder(
     "Refuse a folder that cannot be written to, or that a run holds."
     above, lock = _there(folder), Path(folder) / LOCK
     why = os.strerror(errno.ENOTDIR) if not above.is_dir() else os.strerror(errno.EACCES) if not os.access(above, os.W_OK | os.X_OK) else ""
-    if why: raise _unwritable(folder, why)
+    if why: raise unwritable(folder, why)
     if Path(folder).is_dir(): _refuse_links(Path(folder))
     if not lock.is_file(): return
     lock = FileLock(lock)
     try: lock.acquire(timeout=0)
     except Timeout: raise _taken(folder) from None
-    except OSError as e: raise _unwritable(folder, e.strerror) from None
+    except OSError as e: raise unwritable(folder, e.strerror) from None
     lock.release()
 
 def read_object(

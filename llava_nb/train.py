@@ -74,11 +74,21 @@ def parse(
     for said in inherited.refused(settings, dataclasses.fields(trainer.LlavaTrainingArguments), trainer.OWN): wrong.add(ValueError(said))
     own = {k: v for k, v in settings.items() if k in config.field_names(*config.CONFIGS)}
     run = config.Run(*_typed(config.CONFIGS, own), settings, notes)
+    _take_whole_model(run)
     with wrong.noted(): check_training(run)
     config.by_stage(run.data, run.stage)
     with wrong.noted(): config.check(run.model, run.data, run.stage, training_fields(run).projector_lr, absent=run.absent if run.run.dry_run else None)
     wrong.tell(notes)
     return run
+
+def _take_whole_model(run: config.Run) -> None:
+    "`--model_name_or_path` may name a whole LLaVA: then it is the model, and its tower is in it."
+    m = run.model
+    if not m.language_model or m.model or not checks.is_llava(m.language_model): return
+    run.notes.append(f"{m.language_model} is a whole LLaVA, and taken as --model" + (f"; --vision_tower {m.vision_tower} is not needed, its own is in it" if m.vision_tower else ""))
+    m.model, m.language_model, m.vision_tower = m.language_model, None, None
+    for name in ("language_model", "vision_tower"): run.settings.pop(name, None)
+    run.settings["model"] = m.model
 
 # %% ../nbs/90_train.ipynb #8b358375
 _CHOICES = {"sampler": ("modality", "random", "compat"), "objective": objective.OBJECTIVES, "recompute": llava.RECOMPUTE, "zero": (0, 1, 2, 3),
@@ -351,7 +361,8 @@ def prepare(
 ) -> trainer.LlavaTrainer: # ready to train
     "Everything up to the first step. What goes wrong here is the configuration's, the data's or the disk's fault."
     args, wrong = made_arguments(run, alone=False)
-    if args is None: checks.tell(checks.look(run, None, found=wrong))
+    c = checks.go(checks.Checked(run, args, held, found=wrong), (checks.check_output,))
+    if c.found.found: checks.tell(checks.go(c, checks.CHECKS[1:]))      # nothing is written to a folder that is another's
     if args.process_index == 0:
         for note in run.notes: terminal.say(f"note: {terminal.printable(note)}")
     ranks = zero.from_all_ranks(watch.machine(args.output_dir))
@@ -360,8 +371,7 @@ def prepare(
     if run.run.threads: torch.set_num_threads(run.run.threads)
     dog = watch.TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size, math.inf if run.data.feature_cache else 1)
     with dog:
-        c = checks.look(run, args, held)
-        checks.tell(c)
+        checks.tell(checks.go(c, checks.CHECKS[1:]))
         run.run.resume = c.resume
         if c.resume and args.process_index == 0: terminal.say(f"going on from {c.resume}")
         pieces = build(run, args, c)
@@ -477,7 +487,7 @@ def dry_run(
 ) -> int: # exit code
     "Print parameters, groups, steps, tokens and schedule; read no weights."
     args, wrong = made_arguments(run, alone=True)
-    c = checks.look(run, args, found=wrong)
+    c = checks.go(checks.Checked(run, args, found=wrong))
     for note in run.notes: terminal.say(f"note: {terminal.printable(note)}")
     for said in [*run.absent, *c.unknown]: terminal.say(f"not checked: {terminal.printable(said)}")
     checks.tell(c)
@@ -535,13 +545,15 @@ def examine(
 ) -> int: # exit code: 0 a run would start, 2 it would stop, 3 more records than max_bad would be left out
     "The doctor: look at all records and pictures, train nothing; then say what a run would."
     args, wrong = made_arguments(run, alone=True)
-    c = checks.look(run, args, findings=doctor.Findings(), found=wrong)
+    c = checks.go(checks.Checked(run, args, findings=doctor.Findings(), found=wrong))
     for note in run.notes: terminal.say(f"note: {terminal.printable(note)}")
     if c.findings.origins:
         terminal.say(doctor.summary(c.findings))
         out = Path(checks.output_dir(run, args))
-        doctor.write(c.findings, c.gate, out)
-        terminal.say(f"all of them, with pictures: {out / 'findings.html'} and {out / 'findings.jsonl'}")
+        try:
+            doctor.write(c.findings, c.gate, out)
+            terminal.say(f"all of them, with pictures: {out / 'findings.html'} and {out / 'findings.jsonl'}")
+        except OSError as e: c.found.add(storage.unwritable(out, e.strerror or str(e)))
     c.found.found = [config.Refused(said.rstrip(":"), getattr(p, "exit_code", 2)) for p in c.found.found for said in terminal.one_line(p).splitlines()[:1]]       # the records are listed above
     checks.tell(c)
     return 0

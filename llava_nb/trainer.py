@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWN', 'BESIDE_WEIGHTS', 'LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps',
            'peak_memory', 'MeteredTrainer', 'made_with', 'code_version', 'SealedTrainer', 'last_step', 'saves_of',
-           'weight_bytes', 'room_for', 'checkpoint_bytes', 'bytes_in', 'step_of', 'missing_of', 'ResultTrainer',
+           'weight_bytes', 'checkpoint_bytes', 'bytes_in', 'step_of', 'missing_of', 'room_for', 'ResultTrainer',
            'loading', 'LlavaTrainer']
 
 # %% ../nbs/33_trainer.ipynb #f2e2485e
@@ -314,15 +314,6 @@ def weight_bytes(
     "What the weights that are saved take."
     whole = any("language_model" in name for name, p in model.named_parameters() if p.requires_grad)       # stage 1 saves the projector alone
     return sum(_numel(p) * p.element_size() for p in model.parameters() if whole or p.requires_grad)
-
-def room_for(
-    args: LlavaTrainingArguments,
-    steps: int, # of an epoch
-    size: int, # bytes of a checkpoint
-    keep: int | None, # checkpoints; None: all
-) -> None:
-    "Refuse a run whose checkpoints the disk has no room for."
-    if saves := saves_of(args, steps): check_room(args.output_dir, size, min(saves, max(keep, 2) + 1) if keep else saves)
 
 def checkpoint_bytes(
     model: torch.nn.Module, # partitioned or not

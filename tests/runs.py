@@ -104,3 +104,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def farthest(a: dict, b: dict) -> float:
     assert a.keys() == b.keys() and a
     return max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
+
+
+def verdicts(file: Path, capsys, *flags: str) -> dict[str, tuple[int, str]]:
+    """What doctor, dry run and run say of a configuration, in this process: exit code, and the first line of the refusal."""
+    from llava_nb import train
+    said = {}
+    for name, argv in {"doctor": ["doctor", str(file)], "dry run": [str(file), "--dry_run"], "run": [str(file)]}.items():
+        capsys.readouterr()
+        code = train.main([*argv, *flags])
+        err = capsys.readouterr().err
+        assert "Traceback" not in err
+        said[name] = code, next((line.rstrip(":") for line in err.splitlines() if line.startswith("llava_nb: ")), "")
+    return said
+
+
+def verdict(file: Path, capsys, *flags: str) -> tuple[int, str]:
+    """The one verdict of all three."""
+    said = verdicts(file, capsys, *flags)
+    assert len(set(said.values())) == 1, said
+    return said["run"]
