@@ -148,7 +148,7 @@ def test_a_disk_without_room(world, tmp_path, capsys, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     code, said = verdict(config(world, "full", output_dir=str(tmp_path / "out"))[0], capsys)
-    assert code == 7 and "GB are free" in said
+    assert code == 7 and "1.0 kB are free, and 2 checkpoints of" in said
 
 
 @pytest.mark.parametrize("made, resume, wanted", [
