@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that a machine with one GPU should say in a few minutes: kernels, tests, training, speed. Every stage has its own time limit
-# and leaves its JSON at once; a stage that fails stops nothing and is named in the summary. The stages are in bench/h200.py.
+# and leaves its JSON at once; a stage that fails stops nothing and is named in the summary. The stages are in bench/stages.py.
 #
 #   python bench/wheels.py                where there is a network: what the machine lacks, into .whl/ (28 MB)
 #   bash bench/h200.sh 1                  first command, about 7 minutes: machine, kernels, tests, small runs, 1B

@@ -1,4 +1,5 @@
-"""What only a GPU can say: its kernels on its own numbers, its memory, its random states. Skipped, by name, where there is none."""
+"""What only a GPU can say: its kernels on its own numbers, its memory, its random states. Skipped without one."""
+
 import importlib.util
 import itertools
 import json
@@ -26,12 +27,13 @@ from llava_nb.state import random_state, set_random_state
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 HEADS = {"1B": (32, 4, 64), "7B": (32, 32, 128), "shared keys": (32, 8, 128), "tiny": (4, 2, 16)}
-NEEDS = {"flash": "flash_attn"}      # a package that may be missing
+NEEDS = {"flash": "flash_attn"}  # a package that may be missing
 
 
 def needed(backend: str) -> str:
     "The back end, or a skip where its package is not installed."
-    if backend in NEEDS and importlib.util.find_spec(NEEDS[backend]) is None: pytest.skip(f"{NEEDS[backend]} is not installed")
+    if backend in NEEDS and importlib.util.find_spec(NEEDS[backend]) is None:
+        pytest.skip(f"{NEEDS[backend]} is not installed")
     return backend
 
 
@@ -66,13 +68,18 @@ def test_the_fastest_kernel_is_taken_and_only_a_missing_package_is_refused(heads
 
 
 @pytest.mark.parametrize("how", RECOMPUTE)
-@pytest.mark.parametrize("backend, dtype", [*itertools.product(BACKENDS, [torch.bfloat16]), ("flex", torch.float32), ("sdpa", torch.float32)])
+@pytest.mark.parametrize(
+    "backend, dtype", [*itertools.product(BACKENDS, [torch.bfloat16]), ("flex", torch.float32), ("sdpa", torch.float32)]
+)
 def test_a_row_has_the_loss_and_the_gradients_of_its_separate_records(model, backend, dtype, how):
     model.to(dtype)
     use_attention(model, needed(backend), DEVICE, dtype)
     set_recompute(model, how)
     pool = [s | {"weight": 1 / 40} for s in samples(model, 5)]
-    row, alone = (loss_and_gradients(model, row_loss, *rows) for rows in ([row_of(model, pool)], [row_of(model, [s]) for s in pool]))
+    row, alone = (
+        loss_and_gradients(model, row_loss, *rows)
+        for rows in ([row_of(model, pool)], [row_of(model, [s]) for s in pool])
+    )
     most = 3e-2 if dtype == torch.bfloat16 else 1e-4
     assert row[0] == pytest.approx(alone[0], rel=most)
     assert {n: e for n, g in row[1].items() if (e := apart(g, alone[1][n])) > most} == {}
@@ -90,7 +97,9 @@ def test_a_record_does_not_see_the_others(model, backend):
     said = []
     with torch.no_grad():
         for ids in (row["input_ids"], other):
-            logits = model(input_ids=ids, position_ids=row["position_ids"], pixel_values=row["pixel_values"], use_cache=False).logits
+            logits = model(
+                input_ids=ids, position_ids=row["position_ids"], pixel_values=row["pixel_values"], use_cache=False
+            ).logits
             said.append(logits[0].split(lengths))
     assert [torch.equal(a, b) for a, b in zip(*said)] == [True] * 3 + [False]
 
@@ -98,18 +107,26 @@ def test_a_record_does_not_see_the_others(model, backend):
 @pytest.mark.parametrize("kernel", [*LOSS_KERNELS, "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_loss_kernel_gives_the_loss_and_gradients_of_all_logits(kernel, dtype):
-    if kernel == "liger" and importlib.util.find_spec("liger_kernel") is None: pytest.skip("liger-kernel is not installed")
-    if kernel == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"): pytest.skip("this torch has no linear_cross_entropy")
-    if kernel in LOSS_KERNELS: assert loss_objection(kernel, DEVICE, dtype) == ""
+    if kernel == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("liger-kernel is not installed")
+    if kernel == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    if kernel in LOSS_KERNELS:
+        assert loss_objection(kernel, DEVICE, dtype) == ""
     g = torch.Generator(DEVICE).manual_seed(0)
-    made = [torch.randn(n, 512, generator=g, device=DEVICE, dtype=dtype) * .1 for n in (3000, 32_000)]
+    made = [torch.randn(n, 512, generator=g, device=DEVICE, dtype=dtype) * 0.1 for n in (3000, 32_000)]
     targets = torch.randint(0, 32_000, (3000,), generator=g, device=DEVICE)
     found = []
     for how in (kernel, "all"):
         hidden, head = (t.clone().requires_grad_() for t in made)
-        if how == "all": loss = torch.nn.functional.cross_entropy(hidden.float() @ head.float().T, targets)
-        elif how == "torch": loss = torch.nn.functional.linear_cross_entropy(hidden, head, targets)
-        else: loss = linear_cross_entropy(hidden, head, None, targets, torch.full((3000,), 1 / 3000, device=DEVICE), 32_000, 32_000, how)
+        if how == "all":
+            loss = torch.nn.functional.cross_entropy(hidden.float() @ head.float().T, targets)
+        elif how == "torch":
+            loss = torch.nn.functional.linear_cross_entropy(hidden, head, targets)
+        else:
+            loss = linear_cross_entropy(
+                hidden, head, None, targets, torch.full((3000,), 1 / 3000, device=DEVICE), 32_000, 32_000, how
+            )
         loss.backward()
         found.append([loss.detach(), hidden.grad, head.grad])
     most = 2e-2 if dtype == torch.bfloat16 else 1e-3
@@ -131,10 +148,14 @@ def test_a_look_at_gradients_makes_nothing_of_their_size():
 
 
 def test_every_engine_refuses_every_wrong_number_before_a_weight_changes():
-    done = subprocess.run([sys.executable, ROOT / "tests" / "engine_steps.py"], capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "engine_steps.py"], capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(steps) == 7 and all(s["refused"] == ["nan", "inf", "-inf"] and s["more"] < s["gradients"] / 100 for s in steps), steps
+    assert len(steps) == 7 and all(
+        s["refused"] == ["nan", "inf", "-inf"] and s["more"] < s["gradients"] / 100 for s in steps
+    ), steps
 
 
 def test_the_random_states_of_the_gpu_come_back():
@@ -152,7 +173,8 @@ def test_measuring_the_machine_leaves_its_random_numbers_alone_and_bf16_is_faste
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory): return make_world(tmp_path_factory.mktemp("world"), dropout=.1)
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), dropout=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +193,10 @@ def run(world: Path, name: str, **changes) -> tuple[int, list[float]]:
 def test_a_preflight_changes_nothing(world, capsys):
     with_it, without = (run(world, f"preflight{on}", preflight=on) for on in (True, False))
     assert "preflight: the longest row" in capsys.readouterr().out
-    assert with_it == (0, pytest.approx(without[1], abs=1e-5)) and farthest(*(weights(world / f"preflight{on}") for on in (True, False))) < 1e-5
+    assert (
+        with_it == (0, pytest.approx(without[1], abs=1e-5))
+        and farthest(*(weights(world / f"preflight{on}") for on in (True, False))) < 1e-5
+    )
 
 
 def test_a_resumed_run_has_the_gpus_random_states(world):
@@ -193,11 +218,17 @@ def test_memory_that_is_full_is_said_with_the_row(world, capsys):
     assert train.main([str(config(world, "fits", **large)[0])]) == 0
     most, room = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((held + .5 * (most - held)) / room)
-    try: code = train.main([str(file), "--preflight", "False"])
-    finally: torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.set_per_process_memory_fraction((held + 0.5 * (most - held)) / room)
+    try:
+        code = train.main([str(file), "--preflight", "False"])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     found = json.loads((Path(settings["output_dir"]) / "out_of_memory.json").read_text())
-    assert code == 9 and f"out of memory in row 0 of {found['tokens']:,} tokens" in capsys.readouterr().err and len(found["records"]) == 96
+    assert (
+        code == 9
+        and f"out of memory in row 0 of {found['tokens']:,} tokens" in capsys.readouterr().err
+        and len(found["records"]) == 96
+    )
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_the_weights_change(world):
