@@ -728,6 +728,7 @@ class LlavaDataset(Dataset):
         except Exception as e:      # Pillow's decoders raise a dozen kinds; the name of the file matters more
             what, remedy = f"cannot be decoded ({printable(e, 300)})", "replace the picture or leave the record out"
             if isinstance(e, OSError): what, remedy = f"cannot be read ({printable(e, 300)})", "put it back, or leave the record out"
+            if isinstance(e, FileNotFoundError): what, remedy = "is missing", "put it back, or leave the record out"
             if _passing(e): what, remedy = f"cannot be read, {1 + len(PAUSES)} times ({printable(e, 300)})", "see what its file system says"
             raise ValueError(str(self.records.place(i, BadRecord("unreadable", what, remedy, f"{self.source}/{image}")))) from e
 

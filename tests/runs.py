@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import CLIPImageProcessorPil
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessorPil, TrainerState
 
-from llava_nb.checkpoint import save_llava
-from llava_nb.llava import tiny_llava
+from llava_nb.checkpoint import MADE_WITH, PLACE, begin_checkpoint, save_llava, seal
+from llava_nb.llava import PROJECTOR_FILE, tiny_llava
 from llava_nb.masking import tiny_tokenizer
+from llava_nb.state import Training, save_state
 from llava_nb.zero import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,6 +89,23 @@ def started(file: Path, ranks: int, step: int, **how) -> subprocess.Popen:
     for line in process.stdout:
         if line.split()[:1] == ["step"] and int(line.split()[1].split("/")[0]) >= step: return process
     raise AssertionError("the run ended before it logged a step")
+
+
+def small_checkpoint(folder: Path, step: int, sealed: bool = True) -> Path:
+    """A checkpoint of stage 1 with one layer, and all that a resume reads; marked as being written until it is sealed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    begin_checkpoint(folder)
+    torch.manual_seed(step)
+    layer = torch.nn.Linear(3, 2)
+    named = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"multi_modal_projector": torch.nn.ModuleDict({"linear_1": layer})})})
+    optimizer = torch.optim.SGD(named.parameters(), lr=.1)
+    save_state(folder, Training(named, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.)), step)
+    save_file({f"linear_1.{k}": v.detach().clone() for k, v in layer.named_parameters()}, folder / PROJECTOR_FILE)
+    TrainerState(global_step=step, log_history=[{"loss": 1.5, "step": step}]).save_to_json(str(folder / PLACE))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    (folder / MADE_WITH).write_text(json.dumps({"global_batch": 4}))
+    if sealed: seal(folder)
+    return folder
 
 
 def losses(run: Path) -> list[float]:

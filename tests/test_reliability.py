@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -10,10 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import ROOT, TIMEOUT, command, config, farthest, launch, losses, make_world, run, started, weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from runs import ROOT, TIMEOUT, command, config, farthest, launch, losses, make_world, run, small_checkpoint, started, weights
 
-from llava_nb.checkpoint import MANIFEST, checkpoints, fault, resolve_resume, rotate, seal
-from llava_nb.storage import NoCheckpoint, note
+from llava_nb.checkpoint import MADE_WITH, MANIFEST, PLACE, UNSEALED, checkpoints, fault, resolve_resume, rotate, seal
+from llava_nb.state import STATE_FILE, part_file
+from llava_nb.storage import NoCheckpoint, hold, known, note
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +31,9 @@ def whole(world):
 
 
 def checkpoint(run_dir: Path, step: int, sealed: bool = True) -> Path:
-    folder = run_dir / f"checkpoint-{step}"
-    (folder / "global_step1").mkdir(parents=True)
-    for name in ("model.safetensors", "trainer_state.json", "global_step1/rank.pt"): (folder / name).write_bytes(random.Random(step).randbytes(300))
-    if sealed: seal(folder)
+    """A small one; one that is not sealed has lost its mark too, as after a power cut."""
+    folder = small_checkpoint(run_dir / f"checkpoint-{step}", step, sealed)
+    if not sealed: (folder / UNSEALED).unlink()
     return folder
 
 
@@ -52,11 +55,81 @@ def test_every_changed_byte_and_every_missing_file_of_a_sealed_checkpoint_is_fou
 def test_the_newest_sound_checkpoint_is_taken_and_the_others_are_set_aside_by_name(tmp_path, capsys):
     for step in (5, 9, 10): checkpoint(tmp_path, step)
     checkpoint(tmp_path, 11, sealed=False)
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_bytes(b"x" * 300)
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_bytes(b"x" * (tmp_path / "checkpoint-10" / "trainer_state.json").stat().st_size)
     assert resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-9")
     said = capsys.readouterr().out
     assert "checkpoint-11: it has no readable MANIFEST.json: saving it was interrupted; set aside as damaged-checkpoint-11" in said and "checkpoint-10: trainer_state.json was changed" in said
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-9"] and (tmp_path / "damaged-checkpoint-10" / "model.safetensors").is_file()
+
+
+def edited(name: str, **changes):
+    """Change a JSON of a checkpoint."""
+    def change(folder: Path) -> None: (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | changes))
+    return change
+
+
+def written(name: str, text: str): return lambda folder: (folder / name).write_text(text)
+def of_step_5(name: str): return lambda folder: shutil.copy(folder.with_name("checkpoint-5") / name, folder / name)
+
+
+def part(change):
+    """Change the tensors and the header of a rank's file."""
+    def changed(folder: Path) -> None:
+        path = folder / part_file(0)
+        with safe_open(path, framework="pt") as f: about = dict(f.metadata())
+        tensors = load_file(path)
+        change(tensors, about)
+        save_file(tensors, path, metadata=about)
+    return changed
+
+
+SPOILT = {"part of step 5": of_step_5(part_file(0)), "state of step 5": of_step_5(STATE_FILE), "place of step 5": of_step_5(PLACE), "weights of step 5": of_step_5("projector.safetensors"),
+          **{f"{name}: {text[:9]!r}": written(name, text) for name in (STATE_FILE, PLACE, MADE_WITH) for text in ("[]", "{}", "7", "", "{", '{"a":' * 2000, "\0" * 60)},
+          **{f"global_step {v!r}": edited(PLACE, global_step=v) for v in ("x", -7, 10**30, None, 1.5, True, "10")},
+          **{f"log_history {v!r}": edited(PLACE, log_history=v) for v in ("x", [1], [{"loss": "x"}])}, "a key of nobody": edited(PLACE, foo=1),
+          **{f"state: {k} {v!r}": edited(STATE_FILE, **{k: v}) for k, v in [("ranks", 0), ("ranks", "1"), ("ranks", 2), ("step", 9), ("skipped_steps", 11), ("groups", []), ("groups", [{"lr": "x"}]), ("schedule", {}), ("schedule", {"last_epoch": 11}), ("scaler", 3), ("parameters", {})]},
+          **{f"global_batch {v!r}": edited(MADE_WITH, global_batch=v) for v in (0, "4", None)},
+          "no random states": part(lambda t, about: [t.pop(k) for k in list(t) if k.startswith("random/")]), "random states of another kind": part(lambda t, about: about.update(random="[]")),
+          "random words cut": part(lambda t, about: t.update({"random/python": t["random/python"][:3].clone()})), "a part without its step": part(lambda t, about: about.pop("step")), "the part of another rank": part(lambda t, about: about.update(rank="1 of 2")),
+          "a part without weights": part(lambda t, about: [t.pop(k) for k in list(t) if k.startswith("master/")]), "weights cut": written("projector.safetensors", "x" * 99), "config.json cut": written("config.json", "{")}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_what_was_changed_and_sealed_again_is_told_in_one_line_and_the_one_before_is_resumed(tmp_path, capsys, what):
+    for step in (5, 10): checkpoint(tmp_path, step)
+    SPOILT[what](tmp_path / "checkpoint-10")
+    seal(tmp_path / "checkpoint-10")
+    assert not fault(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError) as e: resolve_resume(str(tmp_path / "checkpoint-10"), tmp_path)
+    assert "\n" not in str(e.value) and (not isinstance(e.value, NoCheckpoint) or "sound ones in" in str(e.value) and "checkpoint-5" in str(e.value))
+    assert resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-5")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith("checkpoint-10: ") and said.endswith("; set aside as damaged-checkpoint-10\n") and len(said) < 600
+
+
+def test_a_damaged_note_of_a_run_and_an_odd_manifest_are_no_traceback(tmp_path):
+    for text in ("[]", "{", '{"sealed": 7, "pid": []}', "[" * 100_000, "\0"):
+        (tmp_path / "run.json").write_text(text)
+        assert known(tmp_path).get("sealed") is None
+        with hold(tmp_path): pass
+        assert json.loads((tmp_path / "run.json").read_text())["pid"] == os.getpid()
+    folder = checkpoint(tmp_path, 3)
+    for text in ("[]", "7", "{}", '{"files": []}', '{"files": {"a": 1}, "seal": ""}', "[" * 100_000, '{"files": {"config.json": {"bytes": "x"}}, "seal": "x"}'):
+        (folder / MANIFEST).write_text(text)
+        assert fault(folder) == "its MANIFEST.json was changed"
+
+
+def test_a_run_whose_newest_checkpoint_was_mixed_goes_on_from_the_one_before(world, whole):
+    """A rank's file of step 19 in step 20, sealed again: the run ends as if nothing had been."""
+    file, settings = config(world, "mixed", save_steps=1, gradient_accumulation_steps=4)
+    out = Path(settings["output_dir"])
+    out.mkdir()
+    for step in (18, 19): shutil.copytree(world / "whole" / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    shutil.copy(out / "checkpoint-18" / part_file(0), out / "checkpoint-19" / part_file(0))
+    seal(out / "checkpoint-19")
+    done = run(file, 0)
+    assert done.returncode == 0 and "is of step '18', state.json of step 19; set aside as damaged-checkpoint-19" in done.stdout and "going on from" in done.stdout, done.stdout + done.stderr
+    assert losses(out) == whole[0] and farthest(weights(out), whole[1]) == 0
 
 
 def test_a_run_never_starts_over_by_itself(tmp_path):
@@ -218,8 +291,8 @@ def test_going_on_with_something_else_is_refused_with_the_difference(world, whol
     from llava_nb import train
     file, settings = config(world, "other", save_steps=1)
     Path(settings["output_dir"]).mkdir(exist_ok=True)
-    link = Path(settings["output_dir"]) / "checkpoint-7"
-    if not link.exists(): link.symlink_to(world / "whole" / "checkpoint-7")
+    taken = Path(settings["output_dir"]) / "checkpoint-7"
+    if not taken.exists(): shutil.copytree(world / "whole" / "checkpoint-7", taken)
     file.write_text(json.dumps(settings | {"gradient_accumulation_steps": 4, "use_cpu": True} | changes))
     assert train.main([str(file)]) == 4
     err = capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import ROOT, TIMEOUT, captions, command, config, farthest, launch, losses, make_world, run, started, weights
+from runs import ROOT, TIMEOUT, captions, command, config, farthest, launch, losses, make_world, run, small_checkpoint, started, weights
 
 from llava_nb import checkpoint, storage, train
 from llava_nb.checkpoint import MANIFEST, checkpoints, fault, seal
@@ -211,7 +211,7 @@ def test_when_all_steps_are_done_room_is_asked_for_the_result_alone_and_then_for
     others = fill(small, 1_000_000)
     done = run(file, 0)
     line = done.stderr.splitlines()[-1]
-    assert done.returncode == 7 and "1.0 MB are free, and the result take" in line and "checkpoints of" not in line and "0.0 GB" not in line and "--save_total_limit" not in line
+    assert done.returncode == 7 and "are needed for the result; make room, or name another output_dir" in line and "checkpoints of" not in line and "0.0 GB" not in line and "--save_total_limit" not in line
     others.unlink()
     assert run(file, 0).returncode == 0 and not fault(small / "run")
     fill(small, 100_000)
@@ -245,7 +245,7 @@ def test_nothing_is_written_through_a_link_in_a_runs_folder(world, tmp_path):
     records = json.loads((world / "records.json").read_text())
     records[0]["conversations"][1]["value"] = ""
     (world / "one_bad.json").write_text(json.dumps(records))
-    file, settings = config(world, "linked", max_steps=1, save_steps=1, data_path=str(world / "one_bad.json"), bad_records="skip", max_bad=.5)
+    file, settings = config(world, "linked", max_steps=1, save_steps=1, data_path=str(world / "one_bad.json"), bad_records="skip", max_bad="50%")
     out = Path(settings["output_dir"])
     out.mkdir()
     for name in WRITTEN:
@@ -315,10 +315,7 @@ def test_a_folder_that_is_lost_is_noticed_at_the_end(world):
 
 def test_an_interrupted_save_goes_and_what_lost_its_manifest_is_set_aside(tmp_path, capsys):
     for step in (3, 6, 9, 12):
-        folder = tmp_path / f"checkpoint-{step}"
-        checkpoint.begin_checkpoint(folder)
-        (folder / "model.safetensors").write_text(str(step))
-        if step != 12: seal(folder)
+        small_checkpoint(tmp_path / f"checkpoint-{step}", step, sealed=step != 12)
     (tmp_path / "checkpoint-9" / MANIFEST).unlink()
     (tmp_path / "checkpoint-6" / checkpoint.UNSEALED).touch()          # killed between its manifest and the removal of the mark
     assert checkpoint.resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-6")
@@ -390,10 +387,7 @@ def test_a_power_cut_at_any_moment_of_a_save_leaves_a_checkpoint_that_is_resumed
     """At each moment at which something reaches the disk, the machine dies: every file whose content was not made durable is empty, every name that its folder has not yet kept is gone."""
     run_dir, fsync, replace, kept, files = tmp_path / "run", os.fsync, os.replace, set(), {}
     def save(step):
-        folder = run_dir / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        for name in ("model.safetensors", "state.json", "trainer_state.json"): (folder / name).write_text(f"{name} {step}" * 50)
-        seal(folder)
+        small_checkpoint(run_dir / f"checkpoint-{step}", step)
     save(1)
     sound, outcomes = {p for p in run_dir.rglob("*")}, []
     def cut():

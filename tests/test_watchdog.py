@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,8 @@ from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.records import Folder, LlavaDataset
-from llava_nb.watch import LossAlarm
+from llava_nb import train
+from llava_nb.watch import LossAlarm, launches, left_alone, program_of
 from llava_nb.zero import free_port
 
 HANG = 4          # seconds
@@ -75,6 +77,96 @@ def test_a_killed_rank_ends_the_other(world):
     assert code == 247 and line_of(said, "rank 0: another rank is gone"), said[-3000:]
 
 
+def gone_within(file: Path, seconds: float) -> float:
+    """How long the processes of a run are still there after its launcher was killed."""
+    begun = time.monotonic()
+    while of_this_run(file) and time.monotonic() - begun < seconds: time.sleep(.2)
+    assert not of_this_run(file), [(p.pid, p.ppid(), p.cmdline()) for p in of_this_run(file)]
+    return time.monotonic() - begun
+
+
+LONG = {"max_steps": 2000, "save_steps": 1000, "hang_timeout": 120, "dataloader_num_workers": 1}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["deepspeed", "torchrun", "launch"])
+def test_kill_9_of_the_command_that_was_typed_ends_all_ranks_and_their_workers(world, how, record_property):
+    """Of DeepSpeed's two launchers the second survives; `llava_nb launch` starts both in a session of their own."""
+    file, settings = config(world, f"typed_{how}", zero=2, **LONG)
+    if how == "deepspeed": process = started(file, 2, 3)
+    elif how == "launch": process = launched(file, 2, 0)
+    else:
+        start = command(file, 0)
+        start["args"] = [*TORCHRUN, "--master-port", str(free_port()), *start["args"][1:]]
+        process = running(start, 3)
+    assert len(of_this_run(file)) > 3
+    process.kill()
+    took = gone_within(file, 30)
+    said, _ = process.communicate(timeout=TIMEOUT)
+    lines = [line for line in said.splitlines() if "its launcher is gone" in line]
+    assert lines and "the same command goes on from the beginning: no checkpoint is sealed yet" in lines[0], said[-3000:]
+    record_property("reached", f"kill -9 of the {how} command with two ranks: nothing left after {took:.1f} s")
+
+
+def test_kill_9_of_the_launcher_of_one_process_ends_it_too(world):
+    file, _ = config(world, "typed_alone", **LONG)
+    process = launched(file, 0, 0)
+    process.kill()
+    gone_within(file, 20)
+    assert "its launcher is gone" in process.communicate(timeout=TIMEOUT)[0]
+
+
+@pytest.mark.slow
+def test_a_second_launcher_that_was_left_alone_before_its_ranks_began_is_noticed(world):
+    file, _ = config(world, "typed_early", zero=2, **LONG)
+    process = subprocess.Popen(**command(file, 2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not any("deepspeed.launcher.launch" in " ".join(p.cmdline()) for p in of_this_run(file)): time.sleep(.05)
+    process.kill()
+    assert "its launcher is gone" in process.communicate(timeout=TIMEOUT)[0]
+    gone_within(file, 20)
+
+
+@pytest.mark.parametrize("ranks, wrap", [(0, "nohup setsid {} &"), pytest.param(2, "nohup setsid {} &", marks=pytest.mark.slow), pytest.param(2, "({} &)", marks=pytest.mark.slow)])
+def test_a_shell_that_ends_before_its_run_is_no_launcher(world, ranks, wrap):
+    name = f"background{ranks}{len(wrap)}"
+    file, settings = config(world, name, max_steps=12, save_steps=12, **({"zero": 2} if ranks else {}))
+    start = command(file, ranks)
+    line = wrap.format(shlex.join(start.pop("args")) + f" > {world / name}.log 2>&1 < /dev/null")
+    subprocess.run(["sh", "-c", line], **start, check=True, timeout=20)
+    gone_within(file, TIMEOUT)
+    said = (world / f"{name}.log").read_text()
+    assert "done: 12 steps" in said and "launcher is gone" not in said, said[-3000:]
+
+
+@pytest.mark.parametrize("words, program, launching", [
+    ("/v/bin/python3.11 -u -m deepspeed.launcher.launch --world_info=x", "deepspeed.launcher.launch", True), ("python /x/bin/deepspeed --num_gpus 2 llava_nb/train.py", "deepspeed", True), ("python /x/bin/ds train.py", "ds", True),
+    ("python -X utf8 -m torch.distributed.run train.py", "torch.distributed.run", True), ("python3 /x/torchrun train.py", "torchrun", True), ("python /x/bin/llava_nb launch c.json", "llava_nb", True), ("python -m llava_nb.train launch c.json", "llava_nb.train", True),
+    ("python llava_nb/train.py c.json", "train.py", False), ("python /x/bin/llava_nb c.json", "llava_nb", False), ("bash -c deepspeed", "", False), ("nohup deepspeed train.py", "", False), ("python -m pytest deepspeed", "pytest", False), ("python", "python", False), ("", "", False)])
+def test_a_launcher_is_known_by_its_command(words, program, launching):
+    assert program_of(words.split())[0] == program and launches(words.split()) == launching
+
+
+def test_a_launcher_that_was_gone_before_a_rank_looked_is_missed(monkeypatch):
+    assert not left_alone([]) and not left_alone([os.getppid()])
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert left_alone([]) and not left_alone([os.getppid()])
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID"); monkeypatch.setenv("LLAVA_NB_LAUNCHER", "4194999")
+    assert left_alone([os.getppid()]) and not left_alone([os.getppid(), 4194999])
+
+
+@pytest.mark.parametrize("argv", ["--restarts -1 c.json", "--ranks -3 c.json", "--ranks two c.json", "--restarts 1e3 c.json", "--restarts 1.5 c.json", "--pause nan c.json", "--pause -5 c.json", "--pause inf c.json", "--restarts", "--ranks= c.json", ""])
+def test_a_wish_that_no_launcher_can_meet_is_refused_in_one_line(argv, capsys):
+    assert train.main(["launch", *argv.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llava_nb: launch ") and said.count("\n") == 1
+
+
+def test_a_flag_that_nobody_knows_is_refused_by_the_launcher_too(world, capfd):
+    assert train.main(["launch", "--ranks", "0", "--restart", "3", str(config(world, "typo")[0])]) == 2
+    assert "restart" in capfd.readouterr().err
+
+
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
     return [p for p in psutil.Process(process.pid).children() if "resource_tracker" not in " ".join(p.cmdline())]
 
@@ -106,7 +198,7 @@ def test_pictures_that_are_gone_are_named(world, workers):
     process = started(file, 0, 2)
     for picture in (world / f"pictures{workers}").iterdir(): picture.unlink()
     code, said = ended(process, file)
-    assert code == 6 and "cannot be decoded" in line_of(said, ".png") and f"pictures{workers}/" in said, said[-3000:]
+    assert code == 6 and "is missing" in line_of(said, ".png") and "cannot be decoded" not in said and f"pictures{workers}/" in said, said[-3000:]
 
 
 def folder_of_pictures(world: Path, name: str) -> Path:
@@ -208,10 +300,16 @@ def launched(file: Path, ranks: int, restarts: int) -> subprocess.Popen:
     """`llava_nb launch`, as a process that has just said its third step."""
     start = command(file, 0)
     start["args"] = [*start["args"][:2], "launch", "--ranks", str(ranks), "--restarts", str(restarts), "--pause", "0.1", str(file)]
-    process = subprocess.Popen(**start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return running(start, 3)
+
+
+def running(start: dict, step: int) -> subprocess.Popen:
+    """A command that has just said a step."""
+    process, said = subprocess.Popen(**start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT), []
     for line in process.stdout:
-        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= 3: return process
-    raise AssertionError("the run ended before it logged a step")
+        said.append(line)
+        if line.startswith("step") and int(line.split()[1].split("/")[0]) >= step: return process
+    raise AssertionError("the run ended before it logged a step: " + "".join(said)[-3000:])
 
 
 def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_been(world):
