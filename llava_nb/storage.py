@@ -156,7 +156,7 @@ def check_room(
     "Refuse a run that would fill its disk."
     free = shutil.disk_usage(_there(folder)).free + freed
     if free >= need: return
-    raise StorageFailed(f"output_dir {folder}: {amount(free)} are free, and {amount(need)} are needed for {what}; "
+    raise StorageFailed(f"output_dir {folder}: {amount(free)} are free, and {what} take{'s' * what.startswith('the ')} {amount(need)}; "
                         f"make room{', ' * bool(remedy)}{remedy}, or name another output_dir")
 
 # %% ../nbs/24_storage.ipynb #52880040

@@ -211,7 +211,7 @@ def test_when_all_steps_are_done_room_is_asked_for_the_result_alone_and_then_for
     others = fill(small, 1_000_000)
     done = run(file, 0)
     line = done.stderr.splitlines()[-1]
-    assert done.returncode == 7 and "are needed for the result; make room, or name another output_dir" in line and "checkpoints of" not in line and "0.0 GB" not in line and "--save_total_limit" not in line
+    assert done.returncode == 7 and "and the result takes" in line and "checkpoints of" not in line and "0.0 GB" not in line and "--save_total_limit" not in line
     others.unlink()
     assert run(file, 0).returncode == 0 and not fault(small / "run")
     fill(small, 100_000)
