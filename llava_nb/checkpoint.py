@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import isqrt
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -54,11 +55,12 @@ def llava_processor(
 ) -> LlavaProcessor:
     "Transformers' processor for this model, giving the training's tokens and pixels."
     config = model.config
-    side = round(config.image_seq_length ** .5)
+    dropped = config.vision_feature_select_strategy == "default"
+    side = isqrt(config.image_seq_length + dropped)
     return LlavaProcessor(
         image_processor=exported_processor(image_processor, aspect), tokenizer=tokenizer, patch_size=image_size(config.vision_config) // side,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(config.vision_feature_select_strategy == "default"), chat_template=tokenizer.chat_template)
+        num_additional_image_tokens=config.image_seq_length + dropped - side ** 2, chat_template=tokenizer.chat_template)
 
 # %% ../nbs/32_checkpoint.ipynb #5c8a5bb3
 PUBLISHED = (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),

@@ -80,16 +80,21 @@ def dry_model(
 ) -> transformers.LlavaForConditionalGeneration: # on the meta device
     "The model's shapes."
     vision.register_towers()
-    try: return llava.meta_llava(architecture(m.model) if m.model else _joined(m))
+    try: return llava.meta_llava(_whole(m) if m.model else _joined(m))
     except (AttributeError, KeyError, TypeError, RuntimeError, AssertionError, ArithmeticError) as e:      # a library's way to say that a configuration is none
         raise ValueError(f"{m.model or f'{m.language_model} and {m.vision_tower}'}: transformers makes no LLaVA of this ({type(e).__name__}: {printable(' '.join(str(e).split()), 300)})") from e
 
+def _whole(m: config.ModelConfig) -> transformers.LlavaConfig:
+    found = architecture(m.model)
+    llava.check_llava(found, m.model)
+    return found
+
 def _joined(m: config.ModelConfig) -> transformers.LlavaConfig:
     text, tower = architecture(m.language_model), vision.vision_config(architecture(m.vision_tower))
+    llava.check_language_model(text, m.language_model)
     rows = text.vocab_size
     text.vocab_size = math.ceil((rows + 1) / 64) * 64
-    try: return llava.llava_config(text, tower, rows, m.projector_type, m.vision_feature_layer, m.vision_feature_select_strategy)
-    except IndexError: raise ValueError(f"vision_feature_layer {m.vision_feature_layer}: {m.vision_tower} has no such hidden state") from None
+    return llava.llava_config(text, tower, rows, m.projector_type, m.vision_feature_layer, m.vision_feature_select_strategy)
 
 # %% ../nbs/37_checks.ipynb #04470a57
 def check_parts(c: Checked) -> None:

@@ -32,7 +32,7 @@ class ModelConfig:
     projector: str | None = _setting(None, "Stage 1's output folder or its projector.safetensors; 'random' to start stage 2 without one.")
     projector_type: str = _setting("mlp2x_gelu", "'mlp2x_gelu' or 'linear'.")
     vision_feature_layer: int = _setting(-2, "Which hidden state of the tower gives the features.")
-    vision_feature_select_strategy: str = _setting("default", "'default' drops the class token, 'full' keeps every feature.")
+    vision_feature_select_strategy: str | None = _setting(None, "'default' drops the class token, 'full' keeps every feature; by default what the tower asks for.")
     attention: str = _setting("auto", "Kernel of the packed rows: 'varlen', 'flash', 'flex', 'sdpa', or 'auto': the first that proves itself on the device.")
     loss_kernel: str = _setting("chunked", "What computes logits and loss at learned tokens: 'chunked', or 'liger' (package liger-kernel, on a GPU) where `bench/loss.py` finds it faster.")
 

@@ -32,7 +32,7 @@ def token_weights(
     return [[rule(n) if n else 0.0 for n in m] for m in micro_batches]
 
 # %% ../nbs/22_objective.ipynb #8b34fdcd
-FORWARD_KEYS = ("input_ids", "position_ids", "pixel_values", "picture_of", "tower", "logits_to_keep")
+FORWARD_KEYS = ("input_ids", "position_ids", "pixel_values", "picture_of", "tower", "features", "logits_to_keep")
 
 def row_loss(
     model: torch.nn.Module, # LlavaForConditionalGeneration after `llava.prepare`, or an engine around one
@@ -52,7 +52,7 @@ def padded_loss(
     image_token_id: int, # id of `<image>`
 ) -> torch.Tensor: # scalar
     "The same loss over a padded batch."
-    forward = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "picture_of")}
+    forward = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "picture_of", "features") if k in batch}
     logits = model(**forward, use_cache=False).logits[:, :-1]
     learned = batch["loss_weights"][:, 1:] != 0
     return weighted_cross_entropy(text_logits(logits[learned], text_vocab_size, image_token_id), batch["labels"][:, 1:][learned], batch["loss_weights"][:, 1:][learned])

@@ -33,16 +33,18 @@ def _token_weights(samples: Sequence[dict], counts: list[int]) -> torch.Tensor:
         each = [1 / max(sum(counts), 1)] * len(samples)
     return torch.cat([torch.full((n,), w) for n, w in zip(counts, each)])
 
-def _pictures(samples: Sequence[dict], image_shape: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+def _pictures(samples: Sequence[dict], image_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
     shown = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
     each = {id(p): p for p in shown}                # the dataset gives one tensor for one picture
     place = {key: k for k, key in enumerate(each)}
-    return {"pixel_values": torch.stack([*each.values()]) if each else torch.zeros(1, *image_shape), "picture_of": torch.tensor([place[id(p)] for p in shown], dtype=torch.long)}
+    stacked = torch.stack([*each.values()]) if each else torch.zeros(1, *image_shape)
+    found = {"pixel_values": stacked, "picture_of": torch.tensor([place[id(p)] for p in shown], dtype=torch.long)}
+    return found | ({"features": True} if len(image_shape) == 2 else {})      # a tower's, [F, h], from 35_features
 
 # %% ../nbs/15_packing.ipynb #2f16d7dc
 def collate_packed(
     samples: Sequence[dict], # each `input_ids` [L], `labels` [L], `pixel_values` [3, H, W] or None, maybe `weight`
-    image_shape: tuple[int, int, int] = (3, 336, 336), # of the blank picture of a row without one
+    image_shape: tuple[int, ...] = (3, 336, 336), # of the blank picture, or features (F, h), of a row without one
 ) -> dict: # `input_ids`, `position_ids` [1, T], `pixel_values` [P, 3, H, W], `picture_of` [N], `logits_to_keep`, `targets`, `loss_weights` [S]
     "Lay the samples end to end in one row; keep what the loss needs and nothing else."
     lengths = [len(s["input_ids"]) for s in samples]
@@ -60,7 +62,7 @@ def collate_packed(
 class PackedCollator:
     "`collate_packed` for a `DataLoader`, with the model's picture shape."
     def __init__(self,
-        image_shape: tuple[int, int, int], # (3, H, W) that the vision tower takes
+        image_shape: tuple[int, ...], # (3, H, W) that the vision tower takes, or (F, h) of its features
     ):
         self.image_shape = image_shape
 
@@ -146,7 +148,7 @@ def micro_steps_for(
 # %% ../nbs/15_packing.ipynb #a57f5456
 def collate_padded(
     samples: Sequence[dict], # as for `collate_packed`
-    image_shape: tuple[int, int, int] = (3, 336, 336), # of the blank picture of a batch without one
+    image_shape: tuple[int, ...] = (3, 336, 336), # of the blank picture, or features (F, h), of a batch without one
     pad_id: int = 0, # id at padded positions; the mask hides it
 ) -> dict: # `input_ids`, `attention_mask`, `labels`, `loss_weights` [B, T], `pixel_values` [P, 3, H, W], `picture_of` [N]
     "The same samples as a padded batch, as the reference lays them out."

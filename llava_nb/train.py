@@ -256,7 +256,7 @@ def assemble(
     seed: int = 42,
 ) -> None:
     "Write a llava-hf folder from a language model and a vision tower."
-    with zero.unpartitioned():
+    with vision.unpartitioned():
         tokenizer = trust.load(transformers.AutoTokenizer, m.language_model)
         model = llava.build_llava(llava.load_language_model(m.language_model), llava.load_tower(m.vision_tower), tokenizer, m.projector_type,
                                   m.vision_feature_layer, m.vision_feature_select_strategy, seed)
@@ -293,7 +293,7 @@ def use_features(
     "Have data sets hand over features instead of pixels."
     found, (weights, autocast) = trust.load(transformers.AutoConfig, start), checks.precision(args)
     if not isinstance(found.vision_feature_layer, int): raise ValueError(f"feature_cache keeps one hidden state of a picture, and {start} uses the layers {found.vision_feature_layer}; leave it out")
-    with zero.unpartitioned(): extractor = cached.Extractor(llava.load_tower(start).to(weights), found.vision_feature_layer, args.device, autocast)
+    with vision.unpartitioned(): extractor = cached.Extractor(llava.load_tower(start).to(weights), found.vision_feature_layer, args.device, autocast)
     for d in datasets: d.features = cached.cached_features(d, extractor, run.data.feature_cache, args.dataloader_num_workers)
 
 # %% ../nbs/90_train.ipynb #96282d9c
@@ -480,6 +480,7 @@ def steps_of_epoch(
     "Optimizer steps of one epoch; the last steps of each modality are smaller, so mixed data may need one more."
     mode = "modality" if has_image and (args.sampler or ("random" if args.stage == 1 else "modality")) == "modality" else "random"
     return sampler.Plan(mode, [1] * n, has_image, None, args.per_device_train_batch_size, zero.world_size(), args.gradient_accumulation_steps).steps
+
 
 # %% ../nbs/90_train.ipynb #18907a93
 def dry_run(

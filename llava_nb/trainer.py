@@ -43,8 +43,9 @@ from .state import Training, check_optimizer, load_random, load_state, pieces, s
 from .storage import (FolderLost, Hold, NoCheckpoint, StorageFailed, amount, check_room, clear, fail_point, note, open_new, read_object,
                               still_needed)
 from .terminal import one_line, say
+from .vision import image_size, unpartitioned
 from .watch import TrainingWatchdog
-from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, unpartitioned, world_size
+from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, world_size
 
 # %% ../nbs/33_trainer.ipynb #ca08b111
 @dataclass
@@ -460,7 +461,7 @@ class LlavaTrainer(ResultTrainer):
         watch: TrainingWatchdog | None = None, # None: one of its own
     ):
         features = getattr(train_dataset, "features", None)
-        shape = features.shape if features else (3, *[model.config.vision_config.image_size] * 2)
+        shape = features.shape if features else (3, *[image_size(model.config.vision_config)] * 2)
         sizes = replace(shape_of(model), tower=0) if features else shape_of(model)      # nobody computes it then
         set_recompute(model, args.recompute)
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bytes_per_rank', 'deepspeed_config', 'fetch_whole_layers', 'read_deepspeed_config', 'init_distributed', 'free_port',
-           'rank', 'world_size', 'wait', 'from_all_ranks', 'together', 'unpartitioned', 'leave']
+           'rank', 'world_size', 'wait', 'from_all_ranks', 'together', 'leave']
 
 # %% ../nbs/31_zero.ipynb #a97020ca
 import atexit
@@ -136,14 +136,6 @@ def together() -> Iterator[None]:
     if not told: return
     kind = FolderLost if any(lost for _, lost in told.values()) else StorageFailed
     raise kind("; ".join(said if world_size() == 1 else f"rank {r}: {said}" for r, (said, _) in told.items()))
-
-@contextlib.contextmanager
-def unpartitioned() -> Iterator[None]:
-    "Build or load a model whole, even if a ZeRO-3 configuration is alive: for one rank alone."
-    from transformers.integrations import deepspeed as integration
-    kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
-    try: yield
-    finally: integration._hf_deepspeed_config_weak_ref = kept
 
 # %% ../nbs/31_zero.ipynb #c767fdbf
 def leave(
