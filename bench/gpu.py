@@ -511,16 +511,16 @@ def main() -> None:
         steps = {row: Steps(mixture, v, *own, how, args.rows == "step") for row, v, how in variants(args, shape)}
         order = mixture.spread(args.steps)
         found, read = rounds(model, steps, order, args.workers, start + 60 * args.minutes)
-        slowest = profiled(model, next(iter(steps.values())), order, args.trace) if args.trace else []
-    done, minutes = min(map(len, found.values()), default=0), (time.perf_counter() - start) / 60
-    about = [*described(args, name, model, meter), f"attention {backend}"]
-    about += [f"{done} steps of {BATCH} records", f"{minutes:.1f} min"]
-    notes = [f"attention {b} was not taken: {why}" for b, why in refused.items()]
-    told = {"about": about, "table": table(found, read, steps, meter), "notes": notes}
-    if args.json:
-        timed = {v: {str(k): asdict(t) for k, t in done.items()} for v, done in found.items()}
-        args.json.write_text(json.dumps(told | {"steps": timed, "device": read, "longest": slowest}, indent=1))
-    print(", ".join(about), told["table"], *told["notes"], sep="\n\n")
+        done, minutes = min(map(len, found.values()), default=0), (time.perf_counter() - start) / 60
+        about = [*described(args, name, model, meter), f"attention {backend}"]
+        about += [f"{done} steps of {BATCH} records", f"{minutes:.1f} min"]
+        notes = [f"attention {b} was not taken: {why}" for b, why in refused.items()]
+        told = {"about": about, "table": table(found, read, steps, meter), "notes": notes, "device": read}
+        print(", ".join(about), told["table"], *notes, sep="\n\n", flush=True)
+        told["steps"] = {v: {str(k): asdict(t) for k, t in done.items()} for v, done in found.items()}
+        if args.json: args.json.write_text(json.dumps(told, indent=1))
+        if args.trace: told["longest"] = profiled(model, next(iter(steps.values())), order, args.trace)
+        if args.json: args.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

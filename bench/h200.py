@@ -37,7 +37,7 @@ SEVEN = "--shape", "7b", "--max-tokens", "8192"
 STAGES = {
     "machine": Stage(1, 45, stages.machine),
     "kernels": Stage(1, 120, stages.kernels),
-    "tests": Stage(1, 100, stages.tests),
+    "tests": Stage(1, 100, stages.by_pytest("not flex")),
     "tiny": Stage(1, 90, stages.tiny),
     "resume": Stage(1, 90, stages.resume),
     "train1b": Stage(1, 100, stages.by_train("1b", 25, zero=2, max_tokens=16_384)),
@@ -47,6 +47,7 @@ STAGES = {
     "train7b": Stage(2, 150, stages.by_train("7b", 8, zero=3, recompute="full", max_tokens=8192)),
     "padded7b": Stage(2, 120, stages.by_bench(
         *SEVEN, "--variants", "ours", "padded", "stock", "--recompute", "full", "--steps", "8", "--minutes", "1.6")),
+    "testsflex": Stage(2, 120, stages.by_pytest("flex")),      # which compiles for every shape: apart, and last
 }
 
 

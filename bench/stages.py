@@ -233,18 +233,20 @@ def loss_kernels(args, device: str, dtype) -> dict:
 
 # tests
 
-def tests(args, keep: Keep) -> list[str]:
-    "Those marked `gpu`, in one process."
-    with folder() as name:
-        report = Path(name) / "found.xml"
-        words = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/test_gpu.py", f"--junitxml={report}"]
-        code = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT).returncode
-        if not report.is_file(): return [f"pytest ended with exit code {code}"]
-        cases = [case(c) for c in xml.parse(report).iter("testcase")]
-    bad, skipped = [c for c in cases if c["bad"]], sum(c["skipped"] for c in cases)
-    keep(cases=cases, headline=f"{len(cases) - skipped - len(bad)} passed, {len(bad)} failed, {skipped} skipped")
-    if code not in (0, 1): return [f"pytest ended with exit code {code}"]
-    return [f"{c['name']}: {c['bad'][:160]}" for c in bad]
+def by_pytest(chosen: str) -> Callable:
+    "A stage that runs tests marked `gpu`, in one process."
+    def work(args, keep: Keep) -> list[str]:
+        with folder() as name:
+            report = Path(name) / "found.xml"
+            words = ["-q", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen, f"--junitxml={report}"]
+            code = subprocess.run([sys.executable, "-m", "pytest", *words, "tests/test_gpu.py"], cwd=ROOT).returncode
+            if not report.is_file(): return [f"pytest ended with exit code {code}"]
+            cases = [case(c) for c in xml.parse(report).iter("testcase")]
+        bad, skipped = [c for c in cases if c["bad"]], sum(c["skipped"] for c in cases)
+        keep(cases=cases, headline=f"{len(cases) - skipped - len(bad)} passed, {len(bad)} failed, {skipped} skipped")
+        if code not in (0, 1): return [f"pytest ended with exit code {code}"]
+        return [f"{c['name']}: {c['bad'][:160]}" for c in bad]
+    return work
 
 
 def case(found: xml.Element) -> dict:
@@ -344,17 +346,18 @@ def by_bench(*flags: str) -> Callable:
         own = [toy.get(before, word) if args.toy else word for before, word in zip(("", *flags), flags)]
         with folder() as name:
             file = Path(name) / "found.json"
-            words = [sys.executable, "bench/gpu.py", *own, "--json", str(file)]
+            words = [sys.executable, "bench/gpu.py", *own, "--json", str(file), "--trace", f"{name}/trace.json.gz"]
             done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             print(done.stdout)
-            if done.returncode: return [f"exit code {done.returncode}: {last_line(done.stdout)}"]
+            wrong = [f"exit code {done.returncode}: {last_line(done.stdout)}"] if done.returncode else []
+            if not file.is_file(): return wrong
             found = json.loads(file.read_text())
         rows = [[c.strip() for c in row.strip("|").split("|")] for row in found["table"].splitlines()]
         told = [dict(zip(rows[0], row)) for row in rows[2:]]
         rates = [", ".join(v for k, v in t.items() if k.startswith("strict")) for t in told]
         lines = [f"{t['']} {t['real tokens/s']} tokens/s, MFU {r}, {t['peak memory']}" for t, r in zip(told, rates)]
         keep(**found, headline="; ".join(lines))
-        return [row for row in done.stdout.splitlines() if "out of memory" in row]
+        return wrong + [row for row in done.stdout.splitlines() if "out of memory" in row]
     return work
 
 

@@ -104,7 +104,7 @@ def test_every_stage_leaves_what_it_has_found(part, tmp_path):
             len(r["losses"]) == 6 and r["farthest"] <= 1e-4 for r in runs.values()
         )
         assert found["resume"]["found"]["runs"]["as it comes, dropout 0.1"]["weights apart"] == 0
-        assert len(found["tests"]["found"]["cases"]) > 50 and "0 failed" in found["tests"]["headline"]
+        assert len(found["tests"]["found"]["cases"]) > 40 and "0 failed" in found["tests"]["headline"]
     for name, stage in found.items():
         if name.startswith("train"):
             assert (

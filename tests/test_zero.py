@@ -4,6 +4,8 @@ import json
 import pytest
 import torch
 
+from llava_nb.checks import dry_model
+from llava_nb.config import ModelConfig
 from llava_nb.trainer import LlavaTrainingArguments
 from llava_nb.zero import bytes_per_rank, deepspeed_config, fetch_whole_layers, read_deepspeed_config
 
@@ -61,3 +63,13 @@ def test_layers_are_fetched_whole_unless_the_json_says_otherwise():
         assert json.dumps(config) == before
     fetch_whole_layers(config := deepspeed_config(3), model)
     assert config["zero_optimization"]["leaf_module"] == {"classes": ["TransformerEncoderLayer"]}
+
+
+def test_a_models_shapes_are_read_whole_while_zero_3_is_on():
+    "The checks of a run look at them after its ranks have joined."
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+    alive = HfDeepSpeedConfig(deepspeed_config(3))
+    assert is_deepspeed_zero3_enabled()
+    found = dry_model(ModelConfig(language_model="lmsys/vicuna-7b-v1.5", vision_tower="openai/clip-vit-large-patch14-336"))
+    assert sum(p.numel() for p in found.parameters()) > 7e9 and not any(hasattr(p, "ds_id") for p in found.parameters())
+    del alive
