@@ -396,11 +396,14 @@ def _out_of_memory(dog: TrainingWatchdog, error: BaseException) -> str:
     return (f"out of memory in row {found['row']} of {found['tokens']:,} tokens and {found['pictures']} pictures ({last_words(error)}); lower max_tokens (now {dog.trainer.args.max_tokens}), "
             f"or set recompute full, zero 3 or offload; the row's records are in {dog.folder / 'out_of_memory.json'}")
 
+_HINT = "`llava_nb doctor CONFIG.json --deep` finds all such pictures, and its --findings with --bad_records leave them out; "
+
 def _failed(dog: TrainingWatchdog, code: int, error: BaseException) -> int:
     "One line; the exit code."
     _no_news_of_workers()
     said = {MEMORY: lambda e: _out_of_memory(dog, e), DATA: lambda e: _lost_worker(dog, e), LOST: lambda e: f"another rank is gone ({last_words(e).split('. ')[0]})"}[code](error)
-    say(f"llava_nb: {dog.where()}: {said}; {goes_on(dog.folder)}", error=True)
+    hint = _HINT if code == DATA and "cannot be decoded" in said else ""
+    say(f"llava_nb: {dog.where()}: {said}; {hint}{goes_on(dog.folder)}", error=True)
     kill_children()
     if dog.ranks == 1: return code
     signal.signal(signal.SIGTERM, signal.SIG_IGN); dog.heart.beat("saving")

@@ -74,7 +74,9 @@ def test_a_run_opens_its_pictures_first_and_refuses_those_it_cannot_read(world, 
     done = run(config(world, f"opened{ranks}", **changes)[0], ranks)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("2 of 5 pictures cannot be read") == 1 and "record 3 (id 3.jpg): image: '3.jpg': its content is" in done.stderr and "record 4 (id 4.webp)" in done.stderr and "attention:" not in done.stdout
-    assert run(config(world, f"unopened{ranks}", **changes, look_seconds=0)[0], 0).returncode == 6        # in the middle of the run, as it is without
+    done = run(config(world, f"unopened{ranks}", **changes, look_seconds=0)[0], 0)        # in the middle of the run, as it is without
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("llava_nb: ")]
+    assert done.returncode == 6 and "from the beginning: no checkpoint is sealed yet" in said and "doctor CONFIG.json --deep" in said
 
 
 def test_tokenizer_template_and_length_are_tried_before_records_are_read(world, capsys):

@@ -1,0 +1,62 @@
+"""Inputs that people met in the field, as they are reported: each through doctor, dry run and run, with what should happen.
+
+`field/cases.json` holds records, a whole file (`text`), settings, flags or a DeepSpeed JSON; the exit code of all three, and what is said.
+"""
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from runs import config, make_world, run, verdicts
+from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+
+from llava_nb import train
+from llava_nb.masking import tiny_tokenizer
+
+CASES = json.loads((Path(__file__).parent / "field" / "cases.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A LLaVA, a language model, a SigLIP tower, a picture and two files of records."""
+    where, tokenizer = make_world(tmp_path_factory.mktemp("world")), tiny_tokenizer()
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **size)).save_pretrained(where / "LLM"); tokenizer.save_pretrained(where / "LLM")
+    SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=3, image_size=28, patch_size=14, **size)).save_pretrained(where / "SIGLIP")
+    CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False).save_pretrained(where / "SIGLIP")
+    (where / "LLAVA").symlink_to(where / "start")
+    Image.new("RGB", (60, 40), "teal").save(where / "1.png")
+    record = {"image": "1.png", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A red kite."}]}
+    for name in ("a", "b"): (where / f"{name}.json").write_text(json.dumps([record | {"id": f"{name}{k}"} for k in range(2)]))
+    return where
+
+
+def asked(world: Path, name: str) -> tuple[Path, list[str]]:
+    """The configuration file and the flags of a case."""
+    case, slug = CASES[name], "".join(c if c.isalnum() else "_" for c in name)
+    data = world / f"{slug}.data.json"
+    data.write_text(case.get("text") or json.dumps(case.get("records") or json.loads((world / "a.json").read_text())))
+    here = lambda value: [here(v) for v in value] if isinstance(value, list) else ",".join(str(world / v) for v in value.split(",")) if isinstance(value, str) and all((world / v).exists() for v in value.split(",")) else value      # noqa: E731
+    changes = {"data_path": str(data), "max_steps": 2, "save_strategy": "no", "use_cpu": True, "save_total_limit": 2} | ({"save_strategy": "steps"} if "save_steps" in case.get("settings", {}) else {})
+    if "deepspeed" in case:
+        (world / f"{slug}.ds.json").write_text(json.dumps(case["deepspeed"]))
+        changes["deepspeed"] = str(world / f"{slug}.ds.json")
+    return config(world, slug, **changes | {k: here(v) for k, v in case.get("settings", {}).items()})[0], [here(f) for f in case.get("flags", [])]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_field_met(world, name, capsys):
+    file, flags = asked(world, name)
+    code, says = CASES[name]["code"], CASES[name]["says"]
+    if code == 0:
+        assert train.main(["doctor", str(file), *flags]) == 0
+        told = "".join(capsys.readouterr())
+        assert says in told, told
+        assert train.main([str(file), "--dry_run", *flags]) == 0
+        if "deepspeed" in CASES[name]: assert run(file, 0).returncode == 0       # an engine keeps a process to itself
+        else: assert train.main([str(file), *flags]) == 0
+        capsys.readouterr()
+    else:
+        said = verdicts(file, capsys, *flags)
+        assert len(set(said.values())) == 1 and said["run"][0] == code, said
+        assert train.main([str(file), *flags]) == code and says in capsys.readouterr().err, said
