@@ -1,4 +1,4 @@
-"""The fault catalogue: 148 ways in which data, files, machines and people break a run, and what shows that this kit holds.
+"""The fault catalogue: ways in which data, files, machines and people break a run, and what shows that this kit holds.
 
 Each id has a title and either tests ("module::function") or a sentence that says why there is none. `NOT_YET` is a debt, counted aloud.
 """
@@ -75,4 +75,14 @@ CATALOGUE: dict[int, Fault] = {
     136: tested("cell run twice", "test_storage::test_a_second_run_in_one_folder_is_refused_and_told_who_holds_it"), 137: tested("kernel interrupted", REL + "a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on"), 138: untested("CUDA started, then forked", "Ranks are started by the launcher as processes of their own and conversions by spawn; nothing forks after CUDA is up, and no CPU machine can show it."),
     139: tested("paths and tokens in outputs", "test_sync::test_no_file_names_a_machine", "test_sync::test_notebooks_are_clean"), 140: tested("question without a picture, or two", "test_chat::test_questions_that_cannot_be_asked"), 141: tested("question longer than the context", "test_chat::test_an_answer_ends_where_the_context_does", "test_chat::test_questions_that_cannot_be_asked"), 142: tested("template guessed from a name", "test_chat::test_missing_picture_and_templates"),
     143: untested("LoRA without its base", "There is no LoRA; the flag is refused (test_config::test_a_flag_that_asks_for_another_training_is_refused)."), 144: tested("URL given to the chat", "test_secure::test_a_picture_is_a_path_never_an_address"), 145: tested("bomb given to the chat", "test_chat::test_a_picture_that_would_take_gigabytes_is_refused"), 146: untested("demo server exposed", "There is no demonstration server in the kit: the chat is a function and a command of the terminal, and listens on no port."), 147: tested("answer without end", "test_chat::test_an_answer_ends_where_the_context_does"), 148: tested("logits not finite", "test_chat::test_damaged_weights_are_named"),
+    # the run's folder, its checkpoints and its processes, once more
+    149: tested("a disk that is just large enough, and a kill", "test_storage::test_a_run_that_fitted_its_disk_goes_on_after_a_kill_at_any_point", "test_storage::test_the_remedy_for_a_full_disk_is_one_that_changes_something"),
+    150: tested("disk full when all steps are done", "test_storage::test_when_all_steps_are_done_room_is_asked_for_the_result_alone_and_then_for_nothing"),
+    151: tested("links in a run's folder", "test_storage::test_nothing_is_written_through_a_link_in_a_runs_folder", "test_storage::test_a_link_where_a_run_would_fill_a_folder_is_refused_with_a_remedy", "test_storage::test_an_output_folder_may_itself_be_a_link"),
+    152: tested("folder removed, moved or replaced under a run", "test_storage::test_a_folder_that_is_lost_under_a_run_is_noticed_at_the_next_save_and_another_runs_is_left_alone", "test_storage::test_a_folder_that_is_lost_is_noticed_at_the_end"),
+    153: tested("files of another step in a checkpoint, sealed again", REL + "what_was_changed_and_sealed_again_is_told_in_one_line_and_the_one_before_is_resumed", REL + "a_run_whose_newest_checkpoint_was_mixed_goes_on_from_the_one_before"),
+    154: tested("run.json or manifest of another shape", REL + "a_damaged_note_of_a_run_and_an_odd_manifest_are_no_traceback"),
+    155: tested("kill -9 of the command that was typed", "test_watchdog::test_kill_9_of_the_command_that_was_typed_ends_all_ranks_and_their_workers", "test_watchdog::test_kill_9_of_the_launcher_of_one_process_ends_it_too", "test_watchdog::test_a_second_launcher_that_was_left_alone_before_its_ranks_began_is_noticed"),
+    156: tested("the shell that started a run ends", "test_watchdog::test_a_shell_that_ends_before_its_run_is_no_launcher"),
+    157: tested("--restarts -1, --ranks -3, flags with a slip", "test_watchdog::test_a_wish_that_no_launcher_can_meet_is_refused_in_one_line", "test_watchdog::test_a_flag_that_nobody_knows_is_refused_by_the_launcher_too"),
 }

@@ -16,8 +16,8 @@ def functions(module: str) -> set[str]:
     return {node.name for node in ast.parse((HERE / f"{module}.py").read_text()).body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
 
-def test_all_148_are_there_and_each_has_tests_or_a_reason():
-    assert list(sorted(CATALOGUE)) == list(range(1, 149))
+def test_all_are_there_and_each_has_tests_or_a_reason():
+    assert sorted(CATALOGUE) == list(range(1, len(CATALOGUE) + 1)) and len(CATALOGUE) >= 157
     for number, fault in CATALOGUE.items(): assert fault.title and bool(fault.tests) != bool(fault.why) and (fault.why in ("", NOT_YET) or len(fault.why) > 60), number
 
 
@@ -33,7 +33,7 @@ def test_the_tests_exist(number):
 def test_what_is_owed_is_said(record_property):
     owed = [n for n, fault in CATALOGUE.items() if fault.why == NOT_YET]
     reasons = [n for n, fault in CATALOGUE.items() if fault.why not in ("", NOT_YET)]
-    record_property("reached", f"148 faults: {148 - len(owed) - len(reasons)} tested, {len(reasons)} with a written reason, {len(owed)} not yet")
+    record_property("reached", f"{len(CATALOGUE)} faults: {len(CATALOGUE) - len(owed) - len(reasons)} tested, {len(reasons)} with a written reason, {len(owed)} not yet")
     for n in reasons: record_property("reached", f"  {n:>3}  {CATALOGUE[n].title}: {CATALOGUE[n].why}")
     for n in owed: record_property("reached", f"  {n:>3}  {CATALOGUE[n].title}: {NOT_YET}")
-    assert len(owed) + len(reasons) + sum(bool(f.tests) for f in CATALOGUE.values()) == 148
+    assert len(owed) + len(reasons) + sum(bool(f.tests) for f in CATALOGUE.values()) == len(CATALOGUE)
