@@ -205,12 +205,12 @@ def fits(
     value: Any, # of a JSON
     hint: Any, # annotation
 ) -> bool:
-    "Whether a value is what its annotation says; an integer is a float, too."
+    "Whether a value is what its annotation says. A number is a number: transformers writes `save_steps` as 1.0, too."
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType): return any(fits(value, h) for h in inner)
     if origin is list: return isinstance(value, list) and all(fits(v, inner[0]) for v in value)
     if origin is dict: return isinstance(value, dict) and all(fits(v, inner[1]) for v in value.values())
-    if hint is float: return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint in (int, float): return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is hint
 
 def read_place(
@@ -221,7 +221,7 @@ def read_place(
     found = read_object(path)
     for name, value in found.items():
         if name not in hints or not (fits(value, hints[name]) or name == "stateful_callbacks" and isinstance(value, dict)): raise NoCheckpoint(f"{path}: {shown(name)} is {shown(value)}")
-    if "global_step" not in found: raise NoCheckpoint(f"{path}: says no global_step")
+    if type(found.get("global_step")) is not int: raise NoCheckpoint(f"{path}: global_step is {shown(found.get('global_step'))}")
     return found
 
 # %% ../nbs/32_checkpoint.ipynb #e0a34ce5

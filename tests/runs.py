@@ -101,7 +101,7 @@ def small_checkpoint(folder: Path, step: int, sealed: bool = True) -> Path:
     optimizer = torch.optim.SGD(named.parameters(), lr=.1)
     save_state(folder, Training(named, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.)), step)
     save_file({f"linear_1.{k}": v.detach().clone() for k, v in layer.named_parameters()}, folder / PROJECTOR_FILE)
-    TrainerState(global_step=step, log_history=[{"loss": 1.5, "step": step}]).save_to_json(str(folder / PLACE))
+    TrainerState(global_step=step, save_steps=1.0, log_history=[{"loss": 1.5, "step": step}]).save_to_json(str(folder / PLACE))
     (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": {}, "vision_config": {}}))
     (folder / MADE_WITH).write_text(json.dumps({"global_batch": 4}))
     if sealed: seal(folder)

@@ -59,7 +59,7 @@ def test_the_newest_sound_checkpoint_is_taken_and_the_others_are_set_aside_by_na
     assert resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-9")
     said = capsys.readouterr().out
     assert "checkpoint-11: it has no readable MANIFEST.json: saving it was interrupted; set aside as damaged-checkpoint-11" in said and "checkpoint-10: trainer_state.json was changed" in said
-    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-9"] and (tmp_path / "damaged-checkpoint-10" / "model.safetensors").is_file()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-9"] and (tmp_path / "damaged-checkpoint-10" / "projector.safetensors").is_file()
 
 
 def edited(name: str, **changes):
