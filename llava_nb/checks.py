@@ -80,8 +80,7 @@ def dry_model(
 ) -> transformers.LlavaForConditionalGeneration: # on the meta device
     "The model's shapes."
     vision.register_towers()
-    try:
-        with zero.unpartitioned(): return llava.meta_llava(_whole(m) if m.model else _joined(m))
+    try: return llava.meta_llava(_whole(m) if m.model else _joined(m))
     except (AttributeError, KeyError, TypeError, RuntimeError, AssertionError, ArithmeticError) as e:      # a library's way to say that a configuration is none
         raise ValueError(f"{m.model or f'{m.language_model} and {m.vision_tower}'}: transformers makes no LLaVA of this ({type(e).__name__}: {printable(' '.join(str(e).split()), 300)})") from e
 
