@@ -295,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     try:
         trust.check_versions()
-        _converse(Chat.from_pretrained(args.run_dir, args.template, args.dtype, args.device), args)
+        with trust.explained(args.run_dir, "a model to chat with", (ValueError, OSError, FloatingPointError)):
+            _converse(Chat.from_pretrained(args.run_dir, args.template, args.dtype, args.device), args)
     except KeyboardInterrupt: say("")
     except (ValueError, OSError, FloatingPointError) as e:
         say(f"llava_nb.chat: {one_line(e)}", error=True)

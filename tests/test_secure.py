@@ -1,5 +1,6 @@
 """Nothing let in: no pickle runs, no code comes with a folder, nothing outside is opened, nobody is called."""
 import ast
+import ctypes
 import io
 import json
 import os
@@ -223,6 +224,68 @@ HOSTILE = {
     "generation_config.json": [{"custom_pipelines": {"x": {"impl": "evil.P"}}}, {"trust_remote_code": True}], "chat_template.json": [{"auto_map": {}}],
 }
 READERS = [lambda f: trust.load(AutoConfig, f), lambda f: trust.load(AutoTokenizer, f), image_processor_for, load_llava, load_tower, chat.load_for_chat, checks.architecture]
+
+
+HOLE = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+[getattr(libc, name) for name in ("open", "truncate", "unlink", "symlink", "execl", "kill")]      # taken before the walls are up, as a hole in a reader written in C would have it
+import torch, llava_nb.convert as convert
+OUTSIDE = {outside!r}.encode()
+def attempts():
+    yield "writes", libc.open(OUTSIDE + b"/new", os.O_WRONLY | os.O_CREAT, 0o600) >= 0
+    yield "changes", libc.truncate(OUTSIDE + b"/secret", 0) == 0
+    yield "reads", libc.open(OUTSIDE + b"/secret", os.O_RDONLY) >= 0
+    yield "removes", libc.unlink(OUTSIDE + b"/secret") == 0
+    yield "links", libc.symlink(b"/", OUTSIDE + b"/link") == 0
+    yield "starts", libc.execl(b"/bin/sh", b"/bin/sh", b"-c", b"exit 0", None) >= 0
+    yield "starts-python", libc.execl(sys.executable.encode(), sys.executable.encode(), b"-c", b"", None) >= 0
+    yield "signals", libc.kill(os.getppid(), 0) == 0
+    yield "signals-the-group", os.getpgid(0) != os.getpid()
+    for name, call in (("python-writes", lambda: open(OUTSIDE + b"/new", "w")), ("python-truncates", lambda: os.truncate(OUTSIDE + b"/secret", 0)), ("python-kills", lambda: os.killpg(0, 0))):
+        try: call(); yield name, True
+        except PermissionError: pass
+torch.load = lambda *args, **kw: {{name: torch.ones(1) for name, done in attempts() if done}} | {{"end": torch.ones(1)}}
+convert._inside(*sys.argv[1:])
+"""
+
+
+def kernel_holds() -> bool: return ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint(1)) >= 6
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not kernel_holds(), reason="the kernel's Landlock is older than version 6")
+def test_a_hole_in_the_reader_reaches_nothing(tmp_path, monkeypatch):
+    outside = tmp_path / "outside"; outside.mkdir(); (outside / "secret").write_text("mine")
+    (tmp_path / "a.bin").write_bytes(b"whatever"); (tmp_path / "to").mkdir()
+    monkeypatch.setattr(convert, "_CHILD", HOLE.format(outside=str(outside)))
+    convert.to_safetensors(tmp_path / "a.bin", tmp_path / "to" / "a.safetensors")
+    assert set(load_file(tmp_path / "to" / "a.safetensors")) == {"end"}
+    assert (outside / "secret").read_text() == "mine" and [p.name for p in outside.iterdir()] == ["secret"]
+    assert [p.name for p in (tmp_path / "to").iterdir()] == ["a.safetensors"]
+
+
+def test_a_conversion_ends_with_its_time_and_takes_all_it_started_along(tmp_path, monkeypatch):
+    torch.save({"w": torch.ones(1)}, tmp_path / "a.bin")
+    monkeypatch.setattr(convert, "_CHILD", f"import os, time\nif not os.fork(): open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    monkeypatch.setattr(convert, "HOURS", 4 / 3600)
+    with pytest.raises(ValueError, match="a.bin: not converted, reading it took more than"): convert.read_pickle(tmp_path / "a.bin")
+    time.sleep(.2)
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text()}/cmdline").exists() or not Path(f"/proc/{(tmp_path / 'pid').read_text()}/cmdline").read_bytes()
+    monkeypatch.setattr(convert, "_CHILD", "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass")
+    monkeypatch.setattr(convert, "HOURS", 1)
+    with pytest.raises(ValueError, match="s of computing"): convert.read_pickle(tmp_path / "a.bin")
+
+
+NESTED = ()
+for _ in range(24): NESTED = (NESTED, NESTED)
+
+
+@pytest.mark.parametrize("name", ["mm_projector.\x1b[31m.weight", "a\nllava_nb convert: written", "__metadata__", NESTED, 7], ids=["escape", "line", "metadata", "nested", "number"])
+def test_odd_names_of_tensors_are_one_line(tmp_path, name, capfd):
+    torch.save({name: torch.ones(1)}, tmp_path / "a.bin")
+    assert convert.main([str(tmp_path / "a.bin"), str(tmp_path / "to")]) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and len(said) < 600 and str(tmp_path / "a.bin") in said and ".convert-" not in said and said.rstrip("\n").isprintable()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
