@@ -105,7 +105,7 @@ def check_parts(c: Checked) -> None:
         with c.found.noted():
             if name := getattr(m, setting): _check_part(setting, name)
     if len(c.found.found) > before: return
-    c.shape = dry_model(m)
+    with trust.explained(m.model or f"{m.language_model}, {m.vision_tower}", "a model"): c.shape = dry_model(m)
     llava.freeze(c.shape, c.run.stage)
     if c.run.data.feature_cache and not isinstance(c.shape.config.vision_feature_layer, int):
         raise ValueError(f"feature_cache keeps one hidden state of a picture, and {m.model} uses the layers {c.shape.config.vision_feature_layer}; leave it out")
@@ -117,7 +117,14 @@ def _check_part(setting: str, name: str) -> None:
     if setting == "model" and kind != "llava": raise ValueError(f"model: {name} is a {shown(kind)}, not a LLaVA of llava-hf's format" + ("; give it as --language_model, with a --vision_tower" if writes else "; LLaVA-1.5's architecture alone is trained here"))
     if setting == "language_model" and not writes: raise ValueError(f"language_model: {name} is a {shown(kind)}, which writes no text; give a causal language model (Llama, Qwen, Mistral, ...)")
     if setting == "vision_tower" and not hasattr(vision.vision_config(found), "image_size"): raise ValueError(f"vision_tower: {name} is a {shown(kind)}, which takes no pictures; give a vision tower (CLIP, SigLIP, ...)")
-    if Path(name).expanduser().is_dir(): trust.local(name, weights=True)
+    if Path(name).expanduser().is_dir(): _check_folder(Path(name).expanduser())
+
+def _check_folder(folder: Path) -> None:
+    "Its weights are whole, and what it says about generation can be saved with the result."
+    trust.local(folder, weights=True)
+    if (folder / "generation_config.json").is_file():
+        found = trust.load(transformers.GenerationConfig, folder)
+        with trust.explained(folder, "a generation configuration"): llava.valid_generation_config(found)
 
 def check_projector(c: Checked) -> None:
     "The projector is a file or folder that stage 1 wrote, and has this model's shapes."
@@ -173,7 +180,9 @@ def check_text(c: Checked) -> None:
     "Tokenizer, template and length fit."
     if c.shape is None: return
     check_length(c.run, c.shape.config.image_seq_length)
-    c.gate = _read_part(c, c.run.model.model or c.run.model.language_model, "tokenizer, template and records", lambda local: gate_of(c.run, c.shape, local))
+    name = c.run.model.model or c.run.model.language_model
+    with trust.explained(name, "a tokenizer", (ValueError, OSError)):
+        c.gate = _read_part(c, name, "tokenizer, template and records", lambda local: gate_of(c.run, c.shape, local))
     own, known = c.gate and c.gate.template.stop, conversation.TEMPLATES.get(c.run.data.template)
     if known and own not in (None, known.stop) and zero.rank() == 0: say(f"note: template {known.name} ends answers with {shown(own)}, the end token of this tokenizer, which has no {known.stop}")
 
@@ -210,11 +219,15 @@ def _lost(c: Checked, setting: str) -> bool:
     "Whether a dry run does without what this setting names."
     return any(said.strip("`").startswith(setting) for said in c.run.absent)
 
+def _unread(c: Checked) -> bool:
+    "Whether the image processor could not be read, which is a finding already."
+    return c.processor is None and not any(said.startswith("image processor") for said in c.unknown)
+
 def check_records(c: Checked) -> None:
     "Every record can be learned from, or may be left out."
     for setting in ("data_path", "eval_data_path"):
         path = getattr(c.run.data, setting)
-        if not path or c.gate is None or _lost(c, setting): continue
+        if not path or c.gate is None or _unread(c) or _lost(c, setting): continue
         with c.found.noted(): c.sets[setting] = _data_set(c, path)
 
 # %% ../nbs/37_checks.ipynb #1df197d1

@@ -478,7 +478,7 @@ def load_tower(
 ) -> PreTrainedModel:
     "A vision tower by the class that its configuration names."
     config = load_vision_config(path)
-    with torch.device("meta"):
+    with trust.explained(path, "a vision tower"), torch.device("meta"):
         kind = type(AutoModel.from_config(config))
     hidden_states(config)
     return _whole(kind, path, BESIDE_TOWER, config=config, key_mapping={r"^vision_tower\.": ""})       # as a llava-hf folder names them

@@ -16,15 +16,14 @@ from math import isqrt
 from pathlib import Path
 
 import numpy as np
-import numpy as np
 import torch
-from PIL import Image
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, LlavaImageProcessorPil, PreTrainedConfig
 
 import llava_nb.trust as trust
-from .terminal import printable, shown
 from . import efficientnet
+from .imageproc import background_from_mean
+from .terminal import printable, shown
 
 # %% ../nbs/20_vision.ipynb #eed13b33
 def register_towers() -> None:
@@ -148,7 +147,9 @@ def image_processor_for(
     "The tower's own image processor, with the Pillow back end. Padding stays ours, also where a saved processor would pad."
     processor = trust.load(AutoImageProcessor, tower, local_files_only=local_files_only, backend="pil")
     if getattr(processor, "do_pad", None): processor.do_pad = False
-    check_pixels(processor, load_vision_config(tower), tower)
+    with trust.explained(tower, "an image processor"):       # tried on a picture: odd sizes, means or filters show here
+        background_from_mean(processor.image_mean)
+        check_pixels(processor, load_vision_config(tower), tower)
     return processor
 
 def check_pixels(
