@@ -932,6 +932,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'llava_nb.trainer.SealedTrainer._sealed_save': ( 'trainer.html#sealedtrainer._sealed_save',
                                                                                    'llava_nb/trainer.py'),
                                   'llava_nb.trainer.SealedTrainer.sealed': ('trainer.html#sealedtrainer.sealed', 'llava_nb/trainer.py'),
+                                  'llava_nb.trainer.SealedTrainer.train': ('trainer.html#sealedtrainer.train', 'llava_nb/trainer.py'),
                                   'llava_nb.trainer.WeightedDataset': ('trainer.html#weighteddataset', 'llava_nb/trainer.py'),
                                   'llava_nb.trainer.WeightedDataset.__getitem__': ( 'trainer.html#weighteddataset.__getitem__',
                                                                                     'llava_nb/trainer.py'),

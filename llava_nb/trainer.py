@@ -42,7 +42,7 @@ from .sampler import Plan
 from .state import Training, check_optimizer, load_random, load_state, pieces, save_state
 from .storage import (FolderLost, Hold, NoCheckpoint, StorageFailed, amount, check_room, clear, fail_point, note, open_new, read_object,
                               still_needed)
-from .terminal import one_line, say
+from .terminal import one_line, printable, say
 from .vision import image_size, unpartitioned
 from .watch import TrainingWatchdog
 from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, world_size
@@ -238,6 +238,13 @@ class SealedTrainer(MeteredTrainer):
     def sealed(self) -> int: # 0: none
         "The step of the newest checkpoint that counts."
         return max((int(p.name.split("-")[1]) for p in checkpoints(self.args.output_dir) if (p / MANIFEST).is_file()), default=0)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        "Train; a checkpoint that goes while it is read is told as such."
+        try: return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except FileNotFoundError as e:
+            if resume_from_checkpoint is None or self.begun: raise
+            raise NoCheckpoint(f"{resume_from_checkpoint}: went away while it was read ({printable(e, 300)}); see who removes it, and start again") from None
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -132,6 +132,18 @@ def test_a_run_whose_newest_checkpoint_was_mixed_goes_on_from_the_one_before(wor
     assert losses(out) == whole[0] and farthest(weights(out), whole[1]) == 0
 
 
+def test_a_checkpoint_that_goes_while_it_is_read_is_told_in_one_line(world, whole, capsys, monkeypatch):
+    """As when another run, or a person, removes it just then."""
+    from llava_nb import train, trainer
+    file, settings = config(world, "vanishing", save_steps=1, gradient_accumulation_steps=4, use_cpu=True)
+    out = Path(settings["output_dir"])
+    out.mkdir(); shutil.copytree(world / "whole" / "checkpoint-19", out / "checkpoint-19")
+    monkeypatch.setattr(trainer, "load_weights", lambda model, folder: shutil.rmtree(folder))
+    assert train.main([str(file)]) == 4
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llava_nb:")]
+    assert len(said) == 1 and "checkpoint-19: went away while it was read" in said[0]
+
+
 def test_a_run_never_starts_over_by_itself(tmp_path):
     with pytest.raises(NoCheckpoint, match="nothing to resume, no checkpoint"): resolve_resume("True", tmp_path)
     checkpoint(tmp_path, 3, sealed=False)
