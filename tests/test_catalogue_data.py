@@ -63,6 +63,17 @@ RECORDS = {
     "33 <image> twice in a turn": (shown("coco/fine.png", "<image> <image> What?"), "bad", "a second <image> for one image"), "34 <image> in two turns": (of(said("<image>", "x", "<image>", "y"), image="coco/fine.png"), "bad", r"\[2\].value: a second <image>"),
     "35 <image> in an answer": (of(said("What?", "<image>"), image="coco/fine.png"), "bad", "in an answer"), "36 a list of pictures": (shown(["a", "b"]), "bad", "must be one path.*make a record of each"), "36 a list of one": (shown(["coco/fine.png"]), "note", "an image in a list of one"), "36 null": (of(said("Hi", "x"), image=None), "fine", ""),
     "36 null and a mark": (shown(None), "bad", "<image>, and the record has no `image`"), "36 empty": (of(said("Hi", "x"), image=""), "fine", ""), "36 an empty list": (of(said("Hi", "x"), image=[]), "note", "an image in a list"), "36 a number": (shown(7), "bad", "must be one path.* got 7"),
+    "151 images": (of(said("<image>\nWhat?", "A shade."), images=["coco/fine.png"]), "bad", r"images: \['coco/fine.png'\] would be lost.*did you mean `image`"), "151 Image": (of(said("What?", "x"), Image="coco/fine.png"), "bad", "did you mean `image`"),
+    "151 an image in a turn": (of([{"from": "human", "value": "What?", "image_url": "a.png"}, *said("x", first="gpt")]), "bad", r"conversations\[0\].image_url: 'a.png' would be lost"), "151 in metadata": (of(said("Hi", "x"), meta={"picture": {"path": "a"}}), "bad", "meta.picture"),
+    "151 a second image": (shown("coco/fine.png") | {"image_2": "b.png"}, "bad", "one image a record is read"), "151 pixels": (of(said("Hi", "x"), pixel_values=[[1.0]]), "bad", "pixel_values"), "151 about the image": (shown("coco/fine.png") | {"image_size": [3, 4], "imageUrl": "http://x"}, "note", "keys beside"),
+    "151 empty": (of(said("Hi", "x"), images=[], video=None, audio=""), "note", "keys beside"), "152 video": (of(said("<video>\nWhat?", "x"), video="v.mp4"), "bad", "video: 'v.mp4' would be lost"), "152 a mark of a video": (of(said("<video>\nWhat?", "x")), "bad", "'<video>' is no mark that is read"),
+    "152 sound": (of(said("Hi", "x"), audioPath="a.wav"), "bad", "videos and sounds are not read"), "153 marks of others": (of(said("<|vision_start|><|image_pad|>What?", "x")), "bad", "is no mark that is read"), "153 numbered": (shown("coco/fine.png", "<image>\n<image_1> What?"), "bad", "'<image_1>' is no mark"),
+    "153 a path in marks": (of(said("<img>a.png</img> What?", "x")), "bad", "is no mark"), "153 HTML": (of(said("What does <img> do in HTML?", "It shows an image.")), "fine", ""), "153 meant by": (shown("coco/fine.png", "<img>\nWhat?"), "bad", r"no turn says <image>.*did you mean it by '<img>'"),
+    "154 messages": ({"id": "it", "messages": [{"role": "user", "content": "Hi"}]}, "bad", "found `messages`; rename"), "154 instruction": ({"id": "it", "instruction": "a", "output": "b"}, "bad", "found `instruction` and `output`"), "154 role": (of([{"role": "user", "content": "Hi"}]), "bad", r"conversations\[0\]: says `role` and `content`"),
+    "154 parts": (of([{"from": "human", "value": [{"type": "text", "text": "Hi"}]}, *said("x", first="gpt")]), "bad", "join the parts of a content list"), "155 a weight": (of([*said("Hi"), {"from": "gpt", "value": "x", "weight": 0}]), "bad", r"conversations\[1\].weight: 0 would be lost"),
+    "155 a weight of one": (of([*said("Hi"), {"from": "gpt", "value": "x", "weight": 1.0}]), "note", "keys beside"), "155 a system prompt as a key": (of(said("Hi", "x"), system="Be kind."), "bad", "a system prompt as a first turn"), "155 tool calls": (of([*said("Hi"), {"from": "gpt", "value": "x", "tool_calls": [1]}]), "bad", "tool_calls"),
+    "156 a long role": (of([{"from": "x" * 5_000_000, "value": "Hi"}]), "bad", r"from: '.{70,90} is unknown"), "157 nested in a record": (of(said("Hi", "x"), a=json.loads("[" * 200 + "]" * 200)), "bad", "nested deeper than 64"), "157 nested at the parser's limit": ('{"id": "it", "a": %s%s}' % ("[" * 900, "]" * 900), "bad", "nested (too deep|deeper)"),
+    "158 an image behind the end": (of(said(*["Hello there", "Hello to you"] * 30, "<image>\nWhat?", "Teal."), image="coco/fine.png"), "bad", "model_max_length 256 ends before an image"),
     "37 </s> in a question": (of(said("Is </s> a tag?", "x")), "note", "a special token's name"), "38 </s> in an answer": (of(said("Hi", "It is </s>.")), "note", "a special token's name"), "39 <s>": (of(said("Hi", "<s>")), "note", "a special token's name"),
     "40 <unk>": (of(said("<unk>", "<unk>")), "note", "a special token's name"), "41 ASSISTANT:": (of(said("USER: a ASSISTANT: b", "ASSISTANT: USER:")), "fine", ""), "42 other templates' words": (of(said("<im_start> [INST]", "<|im_end|>")), "note", "a special token's name"),
     "43 NUL": (of(said("Hi", "a\0b")), "bad", r"holds U\+0000 at character 1"), "44 half a character": (of(said("Hi", "\ud83d")), "bad", r"holds U\+D83D"),
@@ -122,8 +133,11 @@ def test_a_path_in_another_normal_form(world, capsys):
 FILES = {
     "1 missing": (None, "does not exist"), "2 cut off": (b'[{"id": 1, "conversations": [', "not JSON at line 1"), "3 an object": (b'{"data": []}', "holds one dict"), "3 null": (b"null", "holds one NoneType"), "4 an empty list": (b"[]", "no record"),
     "4 an empty file": (b"", "is empty"), "5 latin-1": ('[{"id": "\u00e9"}]'.encode("latin-1"), "not UTF-8 at byte 9"), "5 UTF-16": ("[]".encode("utf-16"), "not UTF-8 at byte 0"), "6 a Git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "Git-LFS pointer"),
-    "6 a web page": (b"\n<!DOCTYPE html><html>", "a web page"), "8 nested": (b"[" * 100_000, "nested too deep"), "8 nested lines": (b'{"a":' * 100_000 + b"\n", "nested too deep"),
-    "8 a number without end": (b'[{"id": ' + b"9" * 5000 + b"}]", "not JSON at line 1"), "8 a number without end in a line": (b'{"id": ' + b"9" * 5000 + b"}\n", "line 1 is not JSON"),
+    "6 a web page": (b"\n<!DOCTYPE html><html>", "a web page"), "149 a comma too many": (json.dumps([SOUND])[:-1].encode() + b",]", "comma before the closing bracket; remove it"), "149 a comment": (b"[\n// one\n{}]", "line 2, column 1.*this is a comment"),
+    "149 Python's quotes": (b"[{'id': 1}]", "single quotes"), "149 commas and no brackets": (b"{},\n{}", "put \\[ before the first"), "149 a line break in a text": (b'[{"id": "a\nb"}]', "inside a text a line break is written"),
+    "149 wrapped": (b'{"data": [{"conversations": []}]}', "the records seem to be its 'data'"), "150 zeros": (bytes(9000), "begins with 4,096 zero bytes"), "150 an archive": (b"\x1f\x8b\x08", "a gzip archive; unpack it"), "150 no end": (b'{"a": "' + b"x" * 20_000_000, "more than 16,777,216 characters, or no end"),
+    "8 nested": (b"[" * 100_000, "nested too deep"), "8 nested lines": (b'{"a":' * 100_000 + b"\n", "nested too deep"),
+    "8 a number without end": (b'[{"id": ' + b"9" * 5000 + b"}]", "not JSON at line 1"), "8 a number without end in a line": (b'{"id": ' + b"9" * 5000 + b"}\n", "not JSON at line 1"),
 }
 
 
@@ -132,15 +146,15 @@ def test_a_file_of_records(world, case, capsys):
     """One line, with the file's name, before anything else is looked at."""
     content, message = FILES[case]
     code, said, _ = examined(world, slug(case), content, capsys)
-    assert code == 2 and message in said and f"{slug(case)}.data.json" in said and "Traceback" not in said
+    assert code == 2 and re.search(message, said) and f"{slug(case)}.data.json" in said and "Traceback" not in said
     if case != "4 an empty list": assert said.count("\n") == 1
     assert train.main([str(world / f"{slug(case)}.json"), "--use_cpu", "True"]) == 2
-    assert message in capsys.readouterr().err and not torch.cuda.is_initialized()
+    assert re.search(message, capsys.readouterr().err) and not torch.cuda.is_initialized()
 
 
 def test_lines_and_a_byte_order_mark_are_read(world, capsys):
     """3, 5: records one a line, and a mark before them, are no fault."""
-    for name, content in (("lines", "\n".join(map(json.dumps, [SOUND, SOUND | {"id": 2}])).encode()), ("marked", json.dumps([SOUND, SOUND]).encode("utf-8-sig"))):
+    for name, content in (("behind each other", (json.dumps(SOUND) + json.dumps(SOUND)).encode()), ("over lines", "\n".join(json.dumps(r, indent=1) for r in (SOUND, SOUND)).encode()), ("lines", "\n".join(map(json.dumps, [SOUND, SOUND | {"id": 2}])).encode()), ("marked", json.dumps([SOUND, SOUND]).encode("utf-8-sig"))):
         code, said, _ = examined(world, name, content, capsys)
         assert code == 0 and "2 records: 2 can be trained on" in said
 

@@ -25,7 +25,7 @@ def dataset(records, folder=None, **kw):
 
 
 @pytest.mark.parametrize("text, message", [('[{"a": 1}, {"b"', "not JSON at line 1"), ("version https://git-lfs.github.com/spec/v1", "Git-LFS"), ("<!DOCTYPE html>", "web page"), ("", "is empty"),
-                                           ('{"data": []}', "not a list of records"), ('{"conversations": []}\nnope', "line 2 is not JSON")])
+                                           ('{"data": []}', "not a list of records"), ('{"conversations": []}\nnope', "not JSON at line 2")])
 def test_a_file_that_is_no_list_of_records(tmp_path, text, message):
     (tmp_path / "d.json").write_text(text)
     with pytest.raises(ValueError, match=message) as e: list(read_records(tmp_path / "d.json"))

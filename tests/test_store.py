@@ -3,12 +3,16 @@ import json
 import os
 import pickle
 import random
+import subprocess
+import sys
+import time
 
 import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
-from transformers import CLIPImageProcessorPil
+from tokenizers import Tokenizer
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 import llava_nb.records as records
 from llava_nb.conversation import get_template
@@ -140,3 +144,101 @@ def test_another_process_gets_a_path_and_not_the_records(tmp_path):
 def test_no_place_for_the_conversion_is_told_with_the_setting(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="--records_cache"): Records.from_files(written(tmp_path / "a.json", some(2)), GATE, tmp_path / "file")
+
+
+def _write(path, data: bytes): path.write_bytes(data)
+
+
+DAMAGE = {
+    "cut": lambda f: os.truncate(f / "records.arrow", os.path.getsize(f / "records.arrow") // 2), "empty": lambda f: os.truncate(f / "records.arrow", 0),
+    "zeros": lambda f: _write(f / "records.arrow", bytes(os.path.getsize(f / "records.arrow"))), "gone": lambda f: os.unlink(f / "records.arrow"),
+    "a byte": lambda f: _write(f / "records.arrow", (d := (f / "records.arrow").read_bytes())[:1000] + bytes([d[1000] ^ 1]) + d[1001:]),
+    "problems cut": lambda f: os.truncate(f / "problems.jsonl", 20), "problems gone": lambda f: os.unlink(f / "problems.jsonl"),
+    "{}": lambda f: _write(f / "done.json", b"{}"), "[]": lambda f: _write(f / "done.json", b"[]"), "no JSON": lambda f: _write(f / "done.json", b"\0" * 40), "done empty": lambda f: _write(f / "done.json", b""),
+    "an older shape": lambda f: _write(f / "done.json", json.dumps({"files": ["x"], "records": 1, "problems": 0}).encode()), "files of another kind": lambda f: _write(f / "done.json", json.dumps({"files": [1], "sums": {}}).encode()),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_conversion_is_made_again_and_said_so(tmp_path, what, capsys):
+    data = written(tmp_path / "a.json", some(60))
+    folder, right = Records.from_files(data, GATE, tmp_path / "cache").folder, list(Records.of(some(60), GATE))
+    DAMAGE[what](folder)
+    capsys.readouterr()
+    again = Records.from_files(data, GATE, tmp_path / "cache")
+    said = capsys.readouterr().err
+    assert list(again) == right and messages(again) == messages(Records.of(some(60), GATE)) and said.count("\n") == 1 and str(folder) in said and "made again" in said
+    assert list(Records.from_files(data, GATE, tmp_path / "cache")) == right and not capsys.readouterr().err
+
+
+def test_a_conversion_is_on_the_disk_before_its_mark(tmp_path, monkeypatch):
+    """What a power failure leaves is either marked and whole, or not marked."""
+    done, durable, fsync, replace = [], {}, os.fsync, os.replace
+    def synced(handle): durable[os.readlink(f"/proc/self/fd/{handle}")] = True; return fsync(handle)
+    def renamed(a, b): done.append((str(b), durable.get(str(a), False))); return replace(a, b)
+    monkeypatch.setattr(os, "fsync", synced); monkeypatch.setattr(os, "replace", renamed)
+    folder = Records.from_files(written(tmp_path / "a.json", some(5)), GATE, tmp_path / "cache").folder
+    assert all(was for _, was in done) and done[-1][0] == str(folder / "done.json") and durable[str(folder)]
+    assert {str(folder / name) for name in ("records.arrow", "problems.jsonl")} < {name for name, _ in done}
+
+
+def test_parts_that_a_stop_left_damaged_are_made_anew(tmp_path):
+    """Zeros inside, another block's rows, no part at all: none is taken for what it is not."""
+    data, folder = written(tmp_path / "a.json", some(3 * BLOCK)), tmp_path / "c"
+    (folder / "parts").mkdir(parents=True)
+    blocks = list(records._blocks([data]))
+    for k, block in enumerate(blocks): records._write_part(folder / "parts" / f"{k:06}.arrow", GATE(*block))
+    first, second, third = sorted((folder / "parts").glob("*.arrow"))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:5000] + bytes(20_000) + whole[25_000:]); second.write_bytes(third.read_bytes()); third.write_bytes(b"")
+    assert not any(records._whole(p, *b) for p, b in zip((first, second, third), blocks))
+    convert([data], GATE, folder, 1)
+    assert list(Records.open(folder)) == list(Records.of(some(3 * BLOCK), GATE))
+
+
+def test_workers_of_a_conversion_end_with_the_process_that_was_killed(tmp_path):
+    """kill -9 cannot be answered; whoever works for the dead notices."""
+    code = f"""
+import sys, time; sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_store import GATE, records
+if __name__ == "__main__":
+    with records._executor(GATE, 2) as pool:
+        for f in [pool.submit(records._check, ["{{}}"], 0, 0) for _ in range(8)]: f.result()
+        print(*pool._processes, flush=True); time.sleep(600)
+"""
+    (tmp_path / "run.py").write_text(code)
+    child = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True)
+    try: workers = [int(pid) for pid in child.stdout.readline().split()]
+    finally: child.kill()
+    child.wait()
+    until = time.monotonic() + 30
+    while (left := [pid for pid in workers if os.path.exists(f"/proc/{pid}/cmdline") and b"spawn" in open(f"/proc/{pid}/cmdline", "rb").read()]) and time.monotonic() < until: time.sleep(.2)
+    assert workers and not left
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_that_records_finding():
+    """A regular expression that gives up makes Rust panic, which is no `Exception`."""
+    tokenizer = tiny_tokenizer()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    gate = Gate(V1, Encoder(PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"), 2048, 16, 256))
+    found = Records.of([record(0), record(1, answer="a" * 60 + "b"), record(2)], gate)
+    assert len(found) == 2 and [(p.index, p.kind) for p in found.problems] == [(1, "tokenizer")] and "the tokenizer fails on a text of" in found.problems[0].message
+
+
+def test_a_record_of_a_million_keys_or_turns_is_read_in_bounded_time():
+    """CPU seconds of this process, so that other work does not count; quadratic handling would take hours."""
+    begin, turns = time.process_time(), [{"from": ("human", "gpt")[k % 2], "value": f"say {k}"} for k in range(100_000)]
+    (keys, long) = GATE([json.dumps(record(0) | {f"k{k}": k for k in range(1_000_000)}), json.dumps({"conversations": turns})]).to_pylist()
+    assert keys["problem"] is None and long["problem"] is None and long["length"] == 256 and time.process_time() - begin < 60
+
+
+def test_a_file_without_an_end_of_a_record_is_refused_after_some_megabytes(tmp_path, monkeypatch):
+    read = []
+    pieces = records._pieces
+    monkeypatch.setattr(records, "_pieces", lambda path: (read.append(len(p)) or p for p in pieces(path)))
+    with (tmp_path / "x.jsonl").open("wb") as f: f.write(b'{"a": "' + b"x" * 60_000_000)
+    with pytest.raises(ValueError, match="line 1, column 1 .*more than 16,777,216 characters, or no end"): list(read_records(tmp_path / "x.jsonl"))
+    assert sum(read) < 40_000_000
+    (tmp_path / "y.jsonl").write_text('{"a": 1} ' * 100_000)
+    assert len(list(read_records(tmp_path / "y.jsonl"))) == 100_000
