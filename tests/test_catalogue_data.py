@@ -112,7 +112,7 @@ def test_a_record(world, case, capsys):
     mine = [f for f in found if f["index"] == 1]
     if outcome == "bad":
         (f,) = mine
-        name = "none" if record == '"text"' else "it"
+        name = "none" if record == '"text"' or case.startswith("157") else "it"
         assert code == 2 and f["kind"] in KINDS and f["id"] == name and re.search(message, f["message"]), f
         assert f"record 1 (id {name}): {f['message']}" in said and f["file"].endswith(".data.json")
         assert train.main([str(world / f"{slug(case)}.json"), "--use_cpu", "True"]) == 2
@@ -147,7 +147,7 @@ def test_a_file_of_records(world, case, capsys):
     content, message = FILES[case]
     code, said, _ = examined(world, slug(case), content, capsys)
     assert code == 2 and re.search(message, said) and f"{slug(case)}.data.json" in said and "Traceback" not in said
-    if case != "4 an empty list": assert said.count("\n") == 1
+    if case not in ("4 an empty list", "150 no end"): assert said.count("\n") == 1       # a large file has a bar
     assert train.main([str(world / f"{slug(case)}.json"), "--use_cpu", "True"]) == 2
     assert re.search(message, capsys.readouterr().err) and not torch.cuda.is_initialized()
 
