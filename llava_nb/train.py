@@ -443,7 +443,7 @@ def _end(code: int) -> int: # all ranks together
 
 def _write_down(run: config.Run, args, pieces: Pieces) -> None:
     out = Path(args.output_dir)
-    with storage.open_new(out / "config_resolved.json") as f: json.dump({k: v for k, v in run.settings.items() if k != "resume"}, f, indent=2)
+    with storage.open_new(out / "config_resolved.json") as f: json.dump(terminal.masked({k: v for k, v in run.settings.items() if k != "resume"}), f, indent=2)
     terminal.say(f"{len(pieces.dataset):,} records, {int(pieces.dataset.lengths.sum()):,} tokens, {int(pieces.dataset.supervised.sum()):,} learned")
     if pieces.dataset.quarantined:
         pieces.dataset.write_quarantine(out / "quarantine.jsonl")

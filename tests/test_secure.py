@@ -461,7 +461,7 @@ def writes(tree: ast.AST) -> list[str]:
     return sorted(found)
 
 
-MAY_WRITE = {"terminal": ["sys.stderr", "sys.stdout"], "chat": ["input"], "watch": ["sys.stderr", "sys.stdout"], "zero": ["sys.stderr", "sys.stdout"]}      # the last two flush, and the question is asked
+MAY_WRITE = {"terminal": ["sys.stderr", "sys.stdout"], "trust": ["sys.stderr"] * 4, "chat": ["input"], "watch": ["sys.stderr", "sys.stdout"], "zero": ["sys.stderr", "sys.stdout"]}      # three flush, and the question is asked
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -546,6 +546,41 @@ def test_a_picture_of_ten_thousand_warnings_is_one_note_at_most(kind, tmp_path):
     code = "import sys; from llava_nb.imageproc import open_image, oddities\nwith open_image(sys.argv[1]) as image: print(oddities(image, sys.argv[1])); image.load()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / f"a.{kind.lower()}")], capture_output=True, text=True, check=True)
     assert done.stderr == "" and done.stdout.count("\n") == 1 and ("damaged" in done.stdout) == (kind == "WEBP")      # of a JPEG it was read when it was opened
+
+
+FORGED = "\x1b[31mEVIL\x07\r\nllava_nb: all is well"
+
+
+def clean(said: str) -> bool: return not set("\x1b\x07\r") & set(said) and not any(line.startswith("llava_nb: all is well") for line in said.splitlines())
+
+
+@pytest.mark.parametrize("record", [{"id": FORGED}, {"id": "a", "dataset": FORGED}, {"id": "a", "image": FORGED + "/a.png"}, {"id": "a", "conversations": [{"from": FORGED * 100_000, "value": "x"}]}],
+                         ids=["id", "dataset", "image", "from"])
+def test_a_record_cannot_write_to_the_terminal(world, tmp_path, record):
+    (tmp_path / "r.json").write_text(json.dumps([{"conversations": []} | record]))
+    file = config(world, "forged", data_path=str(tmp_path / "r.json"), output_dir=str(tmp_path / "out"))[0]
+    for argv in (["doctor", str(file)], [str(file)]):
+        done = subprocess.run([sys.executable, str(ROOT / "llava_nb" / "train.py"), *argv], capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        said = (done.stdout + done.stderr).decode()
+        assert done.returncode == 2 and clean(said) and len(said) < 20_000
+
+
+def test_a_model_folder_cannot_write_to_the_terminal(start, capfd):
+    header = json.dumps({FORGED: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (start / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    for argv in ([str(start), "--ask", "What?"],):
+        assert chat.main(argv) == 2
+        out, err = capfd.readouterr()
+        assert clean(out + err) and "a tensor is named" in err and str(start) in err
+
+
+def test_no_secret_is_written_or_said(world, tmp_path):
+    file = config(world, "secret", max_steps=1, save_strategy="no", output_dir=str(tmp_path / "out"))[0]
+    done = run(file, 0, "--hub_token", "hf_TOPSECRETTOPSECRET")
+    kept = [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"TOPSECRET" in p.read_bytes()]
+    assert not kept and "TOPSECRET" not in done.stdout + done.stderr
+    done = run(file, 0, "--data_path", "http://user:TOPSECRET@127.0.0.1:9/r.json?sig=TOPSECRET")
+    assert done.returncode == 2 and "TOPSECRET" not in done.stdout + done.stderr
 
 
 # Versions, network
