@@ -374,11 +374,12 @@ def _set_aside(folder: Path) -> Path:
 def rotate(
     run_dir: str | Path, # output folder of a run
     keep: int, # sealed checkpoints; 2 at least
-    spare: str | Path | None = None, # the one that a run goes on from
+    spare: Sequence[str | Path] = (), # that stay, whatever their age
 ) -> None:
     "Remove the oldest sealed checkpoints."
+    stay = {Path(p).resolve() for p in spare}
     for folder in [p for p in checkpoints(run_dir) if (p / MANIFEST).is_file()][:-max(keep, 2)]:
-        if spare and folder.resolve() == Path(spare).resolve(): continue
+        if folder.resolve() in stay: continue
         fail_point("rotate.begin")
         os.replace(folder / MANIFEST, folder / UNSEALED)      # from here on it counts for nothing; a start finishes what is stopped here
         fail_point("rotate.unsealed")
@@ -466,7 +467,9 @@ def _load_weights(model: LlavaForConditionalGeneration, checkpoint: Path) -> Non
     saved = trust.load(LlavaForConditionalGeneration, checkpoint, weights=True, dtype=model.dtype)
     if any(hasattr(p, "ds_tensor") for p in model.parameters()):
         parts = dict(saved.named_parameters())
-        for name, p in model.named_parameters(): p.ds_tensor.data.copy_(parts[name].ds_tensor.data)
+        for name, p in model.named_parameters():
+            p.ds_tensor.data.copy_(parts[name].ds_tensor.data)
+            if p.ds_status.name == "AVAILABLE": p.partition([p])        # a small one that the engine keeps whole; it is gathered anew
     else: model.load_state_dict(saved.state_dict(), strict=True)
 
 # %% ../nbs/32_checkpoint.ipynb #f415e834

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'MEASURED', 'USAGE', 'parse', 'check_training', 'training_fields', 'fitting', 'made_arguments',
            'training_arguments', 'start_folder', 'assemble', 'Pieces', 'build', 'use_features', 'load_model',
-           'loss_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'size_of_data', 'steps_of_epoch',
-           'dry_run', 'examine', 'verify', 'help_text', 'main', 'program']
+           'loss_line', 'eval_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'size_of_data',
+           'steps_of_epoch', 'dry_run', 'examine', 'verify', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import os
@@ -136,7 +136,16 @@ def _together(run: config.Run, args: argparse.Namespace) -> list[str]:
         (args.dataloader_prefetch_factor is not None and not args.dataloader_num_workers, "`dataloader_prefetch_factor` needs `dataloader_num_workers`: without workers nothing is read ahead"),
         (args.dataloader_multiprocessing_context is not None and not args.dataloader_num_workers, "`dataloader_multiprocessing_context` needs `dataloader_num_workers`"),
     ]
+    if args.load_best_model_at_end: rules += _best_rules(args, evaluates)
     return [said for wrong, said in rules if wrong]
+
+def _best_rules(args: argparse.Namespace, evaluates: str) -> list[tuple[bool, str]]:
+    "Every checkpoint must have been evaluated, or none is known to be the best."
+    saves, every, evaluated = _word(args.save_strategy), args.save_steps, args.eval_steps or args.logging_steps
+    odd = evaluates == saves == "steps" and evaluated > 0 and ((every < 1) != (evaluated < 1) or abs(every / evaluated - round(every / evaluated)) > 1e-9)
+    return [(evaluates == "no", "`load_best_model_at_end` needs `eval_data_path` and `eval_strategy`"),
+            (evaluates not in ("no", saves), f"`load_best_model_at_end` needs one strategy for both: eval_strategy is {evaluates}, save_strategy {saves}"),
+            (odd, f"`load_best_model_at_end` needs save_steps to be a multiple of eval_steps: {every:g} and {evaluated:g}")]
 
 def check_training(
     run: config.Run,
@@ -145,7 +154,7 @@ def check_training(
     args, wrong = training_fields(run), config.Problems()
     for said in _values(run, args) + _together(run, args): wrong.add(ValueError(said))
     for check in (lambda: records.stopping([], run.data.bad_records), lambda: records.check_budget(0, 0, run.data.max_bad),
-                  lambda: _check_template(run.data.template), lambda: _check_deepspeed(args.deepspeed),
+                  lambda: _check_template(run.data.template), lambda: _check_deepspeed(args),
                   lambda: optim.factors(args.lr_scheduler_type, 1, 10, args.lr_scheduler_kwargs, args.learning_rate if args.learning_rate > 0 else 1.0)):
         with wrong.noted(): check()
     wrong.tell()
@@ -153,11 +162,17 @@ def check_training(
 def _check_template(name: str | None) -> None:
     if name not in (None, "chat_template"): conversation.get_template(name)
 
-def _check_deepspeed(path: str | None) -> None:
+def _check_deepspeed(args: argparse.Namespace) -> None:
+    path, said = args.deepspeed, vars(args)
+    if (path or args.zero is not None) and watch.installed("deepspeed") == "none":
+        raise ValueError("DeepSpeed is not installed, and `zero` and `deepspeed` need it: pip install deepspeed, or train on one rank without them")
     if not path: return
     if not Path(path).is_file(): raise FileNotFoundError(f"deepspeed: {path} does not exist; --zero 2 and --zero 3 are the published scripts' settings")
-    try: zero.read_deepspeed_config(path)
+    wrong = config.Problems()
+    try: found = zero.read_deepspeed_config(path, "auto")
     except ValueError as e: raise ValueError(f"{e}; --zero 3 --offload True is zero3_offload.json without it" if "offload" in Path(path).name else str(e)) from None
+    for line in zero.check_deepspeed_config(found, path, said, zero.world_size()): wrong.add(ValueError(line))
+    wrong.tell()
 
 # %% ../nbs/90_train.ipynb #6f4a51fa
 def training_fields(
@@ -324,6 +339,13 @@ def loss_line(
     line = f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
     return line + (f"  {logs['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in logs else "")
 
+def eval_line(
+    state: transformers.TrainerState,
+    found: dict[str, float], # of an evaluation
+) -> str:
+    "One evaluation for a reader."
+    return f"evaluation after step {state.global_step}: loss {found['eval_loss']:.4f}, the mean of {found['eval_tokens']:,} learned tokens"
+
 class LossLine(ProgressCallback):
     "Progress bar and a readable line, on the first rank."
     def write(self, line: str) -> None:
@@ -332,10 +354,17 @@ class LossLine(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss" in logs: self.write(loss_line(state, logs))
 
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        if state.is_world_process_zero: self.write(eval_line(state, metrics))
+
 class QuietLossLine(transformers.TrainerCallback):
     "The line without the bar, for a log file."
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs and "loss" in logs: terminal.say(loss_line(state, logs))
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.is_world_process_zero: terminal.say(eval_line(state, metrics))
 
 def summary(
     result: transformers.trainer_utils.TrainOutput, # of `Trainer.train`

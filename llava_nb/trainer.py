@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'BESIDE_WEIGHTS', 'LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'plan_sampler', 'set_micro_steps',
            'peak_memory', 'MeteredTrainer', 'made_with', 'code_version', 'SealedTrainer', 'last_step', 'saves_of',
            'weight_bytes', 'checkpoint_bytes', 'bytes_in', 'step_of', 'missing_of', 'room_for', 'ResultTrainer',
-           'loading', 'LlavaTrainer']
+           'HeldOut', 'EvaluatedTrainer', 'loading', 'LlavaTrainer']
 
 # %% ../nbs/33_trainer.ipynb #f2e2485e
 import contextlib
@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from .storage import (FolderLost, Hold, NoCheckpoint, StorageFailed, amount, che
                               still_needed)
 from .terminal import one_line, printable, say
 from .vision import image_size, unpartitioned
-from .watch import TrainingWatchdog
+from .watch import TrainingWatchdog, installed
 from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, world_size
 
 # %% ../nbs/33_trainer.ipynb #ca08b111
@@ -211,7 +210,7 @@ def made_with(
 ) -> dict:
     "What must not change between a checkpoint and the run that goes on from it."
     names = ("stage", "sampler", "objective", "learning_rate", "projector_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
-             "max_grad_norm", "max_steps", "num_train_epochs", "seed", "data_seed", "bf16", "fp16", "per_device_train_batch_size", "max_tokens")
+             "max_grad_norm", "max_steps", "num_train_epochs", "load_best_model_at_end", "seed", "data_seed", "bf16", "fp16", "per_device_train_batch_size", "max_tokens")
     found = {name: str(getattr(args, name)) for name in names} | {"weights": "16 bits, master copies" if args.deepspeed and (args.bf16 or args.fp16) else "float32", "global_batch": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size, "code": code_version()}
     if args.sampler == "compat": found["ranks"] = "one" if args.world_size == 1 else "several"      # the reference draws another order on one
     if dataset is None: return found
@@ -223,7 +222,7 @@ def made_with(
 def code_version() -> str:
     "The kit's own code, as a hash of it, and the libraries that compute."
     hashed = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(files("llava_nb").iterdir(), key=str) if p.name.endswith(".py")))
-    return ", ".join([f"llava_nb {hashed.hexdigest()[:12]}", *(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed"))])
+    return ", ".join([f"llava_nb {hashed.hexdigest()[:12]}", *(f"{name} {installed(name)}" for name in ("torch", "transformers", "deepspeed"))])
 
 # %% ../nbs/33_trainer.ipynb #942758ff
 class SealedTrainer(MeteredTrainer):
@@ -233,6 +232,7 @@ class SealedTrainer(MeteredTrainer):
     failed, patience = 0, 3          # saves in a row that failed; how many end the run
     hold: Hold | None = None         # of the first rank, on the run's folder
     resumed: str | None = None       # the checkpoint that it goes on from
+    best_saved = (None, None, None)  # loss, step and folder of the best checkpoint
 
     @property
     def sealed(self) -> int: # 0: none
@@ -247,12 +247,14 @@ class SealedTrainer(MeteredTrainer):
             raise NoCheckpoint(f"{resume_from_checkpoint}: went away while it was read ({printable(e, 300)}); see who removes it, and start again") from None
 
     def _save_checkpoint(self, model, trial):
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder, state = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state
+        if state.best_global_step != state.global_step: self.best_saved = state.best_metric, state.best_global_step, state.best_model_checkpoint
         try: self._sealed_save(model, trial, folder)
         except FolderLost: raise
         except StorageFailed as e:
             self.failed += 1
             if self.args.should_save: self._alarm(folder, e)
+            if not (folder / MANIFEST).is_file(): state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best_saved
             if self.failed == self.patience: raise
         else: self.failed = 0
 
@@ -288,7 +290,14 @@ class SealedTrainer(MeteredTrainer):
         self._check_hold()
         note(folder.parent, sealed=folder.name)
         fail_point("save.noted")
-        if self.keep: rotate(folder.parent, self.keep)
+        if self.keep: rotate(folder.parent, self.keep, spare=self._spared())
+
+    def _spared(self) -> list[Path]:
+        "Checkpoints that stay, however old: the best, and the one that this run goes on from."
+        out, step = Path(self.args.output_dir), self.state.best_global_step
+        if step is None and self.resumed: step = read_object(Path(self.resumed) / "trainer_state.json").get("best_global_step")
+        best = [out / f"checkpoint-{step}"] if self.args.load_best_model_at_end and step else []
+        return best + ([Path(self.resumed)] if self.resumed else [])
 
 # %% ../nbs/33_trainer.ipynb #4cdcea3e
 def last_step(
@@ -409,9 +418,9 @@ class ResultTrainer(SealedTrainer):
 
     def _check_room(self) -> None:
         out, steps = Path(self.args.output_dir), self.plan_sampler.plan.steps
-        if self.keep: rotate(out, self.keep, spare=self.resumed)
+        if self.keep: rotate(out, self.keep, spare=self._spared())
         if missing_of(out, self.resumed, last_step(self.args, steps), self.recipe) == "all": clear(out / "exporting")
-        room_for(self.args, steps, self.model, self.keep, self.recipe, self.resumed)
+        room_for(self.args, steps, self.model, self.keep and self.keep + self.args.load_best_model_at_end, self.recipe, self.resumed)
 
     def export(self) -> None:
         "Write the result; it is in its place when it was read back. Every rank must call."
@@ -421,7 +430,9 @@ class ResultTrainer(SealedTrainer):
             if lead: self._check_hold()
         missing = from_all_ranks(self._missing() if lead else "")[0]
         if missing == "nothing": return
-        if missing == "all": self._write_result(made, lead)
+        if missing == "all":
+            if self.args.load_best_model_at_end: self.load_best()
+            self._write_result(made, lead)
         with together():
             if lead:
                 self._check_hold()
@@ -443,6 +454,68 @@ class ResultTrainer(SealedTrainer):
     def _missing(self) -> str:
         return "all" if self.begun else missing_of(Path(self.args.output_dir), self.resumed, self.state.global_step, self.recipe)
 
+# %% ../nbs/33_trainer.ipynb #f6c1b8e3
+class HeldOut(Sampler):
+    "One rank's rows of a held-out set: every record once, in order; a rank that has none left repeats one with weight 0."
+    def __init__(self,
+        records: int, # of the set
+        size: int, # records of a row
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.records, self.size, self.rank, self.ranks = records, size, rank, ranks
+
+    def __len__(self) -> int: return math.ceil(math.ceil(self.records / self.size) / self.ranks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+        for k in range(len(self)):
+            first = (k * self.ranks + self.rank) * self.size
+            yield [(i, 1.0) for i in range(first, min(first + self.size, self.records))] or [(0, 0.0)]
+
+# %% ../nbs/33_trainer.ipynb #18b3d0e5
+class EvaluatedTrainer(ResultTrainer):
+    "A Trainer whose evaluation loss is the mean over learned tokens, and whose result may be its best checkpoint."
+    def evaluate(self,
+        eval_dataset: Dataset | None = None, # a LlavaDataset; None: the Trainer's own
+        ignore_keys: list[str] | None = None, # transformers' own; nothing is predicted here
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]: # `eval_loss`, `eval_tokens`, ...
+        "The loss of the held-out records, every learned token weighing the same. Every rank must call."
+        data, start = eval_dataset or self.eval_dataset, time.monotonic()
+        total, tokens = sum(from_all_ranks(self._losses_of(data))), int(data.supervised.sum())
+        seconds = time.monotonic() - start
+        found = {"loss": total / tokens, "tokens": tokens, "runtime": round(seconds, 2), "samples_per_second": round(len(data) / seconds, 2)}
+        found = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def _losses_of(self, data: Dataset) -> float: # summed over this rank's rows
+        args, model, total = self.args, self.model_wrapped, 0.0
+        rows = HeldOut(len(data), args.per_device_eval_batch_size, args.process_index, args.world_size)
+        loader = DataLoader(WeightedDataset(data), batch_sampler=rows, collate_fn=self.data_collator, **{**loading(args), "persistent_workers": False})
+        self.callback_handler.eval_dataloader = loader
+        model.eval()
+        for row in loader:
+            with torch.no_grad(), self.compute_loss_context_manager(): total += float(self.compute_loss(model, self._prepare_inputs(row)))
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        return total
+
+    def _load_best_model(self) -> None: pass        # `export` does, by the published names of the weights
+
+    def load_best(self) -> None:
+        "Take the weights of the checkpoint with the least evaluation loss. Every rank must call."
+        step, loss, why = from_all_ranks(self._best() if self.args.should_save else None)[0]
+        folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if why: raise NoCheckpoint(f"{folder}: the best checkpoint (evaluation loss {loss:.4f}) cannot be read: {why}; set it back, or go on with --load_best_model_at_end False --allow_changes True")
+        if step is not None: load_weights(self.model, folder)
+        told = "no checkpoint was evaluated, the result has the last weights" if step is None else f"checkpoint-{step} has the least evaluation loss, {loss:.4f}, and the result its weights"
+        if self.args.should_save: say(f"best: {told}")
+
+    def _best(self) -> tuple[int | None, float | None, str]: # step, loss, what is wrong with it
+        step = self.state.best_global_step
+        return step, self.state.best_metric, fault(Path(self.args.output_dir) / f"checkpoint-{step}") if step else ""
+
 # %% ../nbs/33_trainer.ipynb #d09b55a1
 def loading(
     args: LlavaTrainingArguments,
@@ -455,7 +528,7 @@ def loading(
                     "multiprocessing_context": args.dataloader_multiprocessing_context}
 
 # %% ../nbs/33_trainer.ipynb #1752724e
-class LlavaTrainer(ResultTrainer):
+class LlavaTrainer(EvaluatedTrainer):
     "transformers.Trainer with LLaVA's plan, parameter groups and saving."
     def __init__(self,
         model: LlavaForConditionalGeneration, # frozen by stage, `config.llava_nb` filled in
@@ -478,10 +551,10 @@ class LlavaTrainer(ResultTrainer):
         self.guard, self.row_losses = Guard(), (0, [])
         self.keep, args.save_total_limit = args.save_total_limit, None       # the Trainer would remove the last sound one before the next is sealed
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=PackedCollator(shape),
+                         compute_loss_func=row_loss,        # says to every version: the loss covers the accumulation, as `token_weights` does
                          processing_class=tokenizer, callbacks=[*(callbacks or []), self.guard, self.watch])
         self.image_processor, self.settings = image_processor, model.config.llava_nb
         check_optimizer(self.get_optimizer_cls_and_kwargs(args, model)[0], args.optim.value)
-        self.loss_is_scaled_for_ga = True       # `token_weights` covers accumulation
         self.start_meter(sizes)
         self.watch.trainer = self
 
@@ -526,11 +599,6 @@ class LlavaTrainer(ResultTrainer):
             self.row_losses = step, [*(self.row_losses[1] if self.row_losses[0] == step else []), loss.detach()]
             loss = loss * self.args.world_size
         return (loss, {}) if return_outputs else loss
-
-    def prediction_step(self, model, inputs: dict, prediction_loss_only: bool, ignore_keys=None):
-        "The loss of one held-out row, its learned tokens weighing the same."
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         "Stage 1: the projector. Stage 2: the whole model, gathered where ZeRO-3 has partitioned it."

@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'LOST', 'MEMORY', 'NOTES', 'LAUNCHER', 'LAUNCHERS', 'OURS', 'PATIENCE', 'VERSIONS', 'note', 'kill_children',
            'end', 'siblings', 'ask_for_stacks', 'program_of', 'launches', 'launchers', 'left_alone', 'launcher_gone',
            'Feed', 'Heart', 'Watchdog', 'goes_on', 'kind', 'last_words', 'TrainingWatchdog', 'row_of', 'over',
-           'heaviest', 'preflight', 'machine', 'machines', 'fingerprint', 'same', 'LossAlarm']
+           'heaviest', 'preflight', 'installed', 'machine', 'machines', 'fingerprint', 'same', 'LossAlarm']
 
 # %% ../nbs/27_watch.ipynb #cc155d7d
 import base64
@@ -466,7 +466,10 @@ def preflight(
 # %% ../nbs/27_watch.ipynb #801dd6bb
 VERSIONS = ("llava_nb", "torch", "transformers", "deepspeed", "numpy", "pillow")
 
-def _version(name: str) -> str:
+def installed(
+    name: str, # of a library
+) -> str: # its version, or "none"
+    "What is installed."
     try: return version(name)
     except PackageNotFoundError: return "none"
 
@@ -478,7 +481,7 @@ def machine(
     cuda = torch.cuda.is_available()
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     return {"host": platform.node(), "device": torch.cuda.get_device_name() if cuda else "cpu", "memory": free, "disk": shutil.disk_usage(above).free,
-            "versions": {"python": platform.python_version(), "cuda": str(torch.version.cuda), **{name: _version(name) for name in VERSIONS}}}
+            "versions": {"python": platform.python_version(), "cuda": str(torch.version.cuda), **{name: installed(name) for name in VERSIONS}}}
 
 def machines(
     found: list[dict], # `machine` of every rank

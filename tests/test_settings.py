@@ -77,3 +77,25 @@ def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, mon
 def test_a_reporter_that_is_not_installed_is_a_note():
     notes = []
     assert train._reporters("nowhere", notes) == "none" and len(notes) == 1 and train._reporters(None, notes) == "none" and train._reporters("tensorboard", notes) == "tensorboard"
+
+
+FILES = {   # a DeepSpeed JSON, and what is said of it; None: it is taken
+    "batch": ({"train_batch_size": 32}, "train_batch_size 32, but the settings say 1 ranks x per_device_train_batch_size 4 x gradient_accumulation_steps 2 = 8"),
+    "micro": ({"train_micro_batch_size_per_gpu": 16}, "but the settings say per_device_train_batch_size 4"), "steps": ({"gradient_accumulation_steps": 1}, "but the settings say gradient_accumulation_steps 2"),
+    "clipping": ({"gradient_clipping": 1.0}, "but the settings say max_grad_norm 0"), "bf16": ({"bf16": {"enabled": True}}, "bf16.enabled True, but the settings say --bf16 False"),
+    "fp16": ({"fp16": {"enabled": True}}, "fp16.enabled True"), "checkpointing": ({"activation_checkpointing": {"cpu_checkpointing": True}}, "use --recompute"), "amp": ({"amp": {"enabled": True}}, "use --bf16 True"),
+    "typing error": ({"gradient_cliping": 1.0}, "did you mean 'gradient_clipping'?"), "unknown": ({"quantum": 1}, "no such key is known here"), "stage": ({"zero_optimization": {"stage": 7}}, "is no ZeRO stage"),
+    "list": ([1], "is a JSON object"), "optimizer": ({"optimizer": {"type": "AdamW"}}, "the key 'optimizer'"), "elastic": ({"elasticity": {"enabled": True}}, "the global batch stays"),
+    "auto": ({"train_batch_size": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}}, None), "equal": ({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0, "bf16": {"enabled": False}}, None),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_deepspeed_file_may_repeat_the_settings_and_not_contradict_them(name, tmp_path, capsys):
+    """In a dry run, as in a run."""
+    content, said = FILES[name]
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}} | content if isinstance(content, dict) else content))
+    code = train.main([written(tmp_path, PARTS | {"deepspeed": str(file), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}), "--dry_run"])
+    err = capsys.readouterr().err
+    assert (code, err) == (0, "") if said is None else code == 2 and said in err and err.count("\n") == 1
