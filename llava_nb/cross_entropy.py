@@ -59,8 +59,11 @@ def _chunked(hidden, rows, bias, targets, weights, image_token_id, chunk, into):
 
 def _add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     "`to += a @ b`, or without what was there; where the numbers have one precision, in one pass and without a second matrix of that size."
-    if to.dtype == a.dtype: torch.addmm(to, a, b, beta=0 if first else 1, out=to)
-    elif first: to.copy_(a @ b)
+    if to.dtype == a.dtype:
+        torch.addmm(to, a, b, beta=0 if first else 1, out=to)
+        return
+    if a.dtype == torch.float16: a, b = a.float(), b.float()      # a chunk's sum may be more than 65,504
+    if first: to.copy_(a @ b)
     else: to += a @ b
 
 # %% ../nbs/16_cross_entropy.ipynb #3fc87d85
@@ -78,6 +81,8 @@ def _liger(hidden, rows, bias, targets, weights, image_token_id, chunk, into):
 LOSS_KERNELS = {"chunked": _chunked, "liger": _liger}
 
 # %% ../nbs/16_cross_entropy.ipynb #482fba9e
+_TINY = torch.finfo(torch.float32).tiny
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, weights, text_vocab_size, image_token_id, kernel, chunk):
@@ -88,14 +93,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for g in grads[1:]:
             if g is not None: g[text_vocab_size if len(hidden) else 0:] = 0
         cut = [None if t is None else t[:text_vocab_size].to(dtype) for t in (weight, bias)]
-        loss = LOSS_KERNELS[kernel](hidden.to(dtype), *cut, targets, weights, image_token_id, chunk, into)
-        ctx.gradients = [None if g is None else g.to(t.dtype) for g, t in zip(grads, (hidden, weight, bias))]
-        return loss
+        ctx.scale = weights.max().clamp(min=_TINY) if dtype == torch.float16 and len(hidden) else 1      # of the gradients
+        loss = LOSS_KERNELS[kernel](hidden.to(dtype), *cut, targets, weights / ctx.scale, image_token_id, chunk, into)
+        ctx.types = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.gradients = [g if g is None or t == torch.float16 else g.to(t) for g, t in zip(grads, ctx.types)]
+        return loss * ctx.scale
 
     @staticmethod
     def backward(ctx, grad_loss):
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(grad_loss) for g in gradients), *(None,) * 6
+        factor = grad_loss * ctx.scale
+        return *(None if g is None else g.mul_(factor).to(t) for g, t in zip(gradients, ctx.types)), *(None,) * 6
 
 # %% ../nbs/16_cross_entropy.ipynb #3e8b8ace
 def linear_cross_entropy(

@@ -267,6 +267,29 @@ def test_linear_cross_entropy_in_bf16_sums_in_float32():
     assert (weight.grad.float() - exact.grad).abs().max() < .01 * exact.grad.abs().max()
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_float16_gradients_do_not_underflow_before_the_loss_scale(autocast, alike):
+    """Weights of a step of 15,000 tokens and a vocabulary of thousands: error of the gradients under a scale of 65,536, to float32's."""
+    torch.manual_seed(0)
+    hidden, head, bias, targets = torch.randn(700, 64), torch.randn(4000, 64) / 8, torch.randn(4000), torch.randint(0, 4000, (700,))
+    weights = torch.full((700,), 1 / 15_000) if alike else torch.rand(700) / 15_000
+    def gradients(dtype, cast):
+        given = [t.to(dtype).requires_grad_() for t in (hidden, head, bias)]
+        with torch.autocast("cpu", torch.float16, enabled=cast): loss = linear_cross_entropy(*given, targets, weights, 4000, 4000, chunk=256)
+        return float(loss.detach()), [g.float() / 65_536 for g in torch.autograd.grad(65_536 * loss, given)]
+    (expected, exact), (loss, found) = gradients(torch.float32, False), gradients(torch.float32 if autocast else torch.float16, autocast)
+    assert loss == pytest.approx(expected, rel=1e-3)
+    assert max(float((a - b).norm() / a.norm()) for a, b in zip(exact, found)) < 2e-3
+
+
+def test_float16_sums_of_many_alike_tokens_do_not_overflow():
+    """The same target 4,096 times, with a loud state: more than float16 holds before the weights, far below with them."""
+    hidden, head = torch.full((4096, 8), 40.0, dtype=torch.float16), torch.zeros(16, 8, dtype=torch.float16, requires_grad=True)
+    linear_cross_entropy(hidden, head, None, torch.zeros(4096, dtype=torch.long), torch.full((4096,), 1 / 4096), 16, 16).backward()
+    assert head.grad.isfinite().all() and head.grad[0, 0] == pytest.approx(-40 * 15 / 16, rel=1e-3)
+
+
 @contextlib.contextmanager
 def graphs_of_tower(model):
     """The gradient functions of all that the tower's modules give while a row goes through, and the tensors that its passes save for backward."""
