@@ -17,7 +17,7 @@ def functions(module: str) -> set[str]:
 
 
 def test_all_are_there_and_each_has_tests_or_a_reason():
-    assert sorted(CATALOGUE) == list(range(1, len(CATALOGUE) + 1)) and len(CATALOGUE) >= 157
+    assert sorted(CATALOGUE) == list(range(1, len(CATALOGUE) + 1)) and len(CATALOGUE) >= 164
     for number, fault in CATALOGUE.items(): assert fault.title and bool(fault.tests) != bool(fault.why) and (fault.why in ("", NOT_YET) or len(fault.why) > 60), number
 
 
