@@ -29,8 +29,8 @@ CATALOGUE: dict[int, Fault] = {
     # records, one by one
     **{k: tested(title, RECORD) for k, title in {
         13: "record not an object", 14: "no conversations", 15: "conversations null or text", 16: "conversations empty", 17: "turn without value or from", 18: "value null, number, list", 19: "empty answer", 20: "empty question",
-        21: "white answer", 22: "roles user, assistant", 23: "role system", 24: "role Human, trailing space", 25: "two questions in a row", 27: "picture in a first answer", 28: "only answers", 30: "only questions", 31: "picture without <image>",
-        32: "<image> without a picture: text, as it may be HTML", 33: "<image> twice in a turn: one kept, as in the reference", 34: "<image> in two turns", 35: "<image> in an answer", 36: "image is a list, null, empty, a number", 43: "NUL", 44: "half a character",
+        21: "white answer", 22: "roles user, assistant", 23: "role system: the first turn is the record's own system prompt", 24: "role Human, trailing space", 25: "two questions in a row", 27: "picture in a first answer", 28: "only answers", 30: "only questions", 31: "picture without <image>",
+        32: "<image> without a picture: bad, it may have lost it", 33: "<image> twice in a turn: bad, kind mark", 34: "<image> in two turns", 35: "<image> in an answer", 36: "image is a list, null, empty, a number: a list of one is taken, null and empty are text only", 43: "NUL", 44: "half a character",
         45: "bidi controls, private use", 46: "CRLF, spaces", 47: "long question with a picture", 48: "long question", 49: "answer cut", 50: "features push text out", 51: "extra keys"}.items()},
     26: tested("begins with an answer", RECORD, "test_doctor::test_a_run_that_is_told_what_the_doctor_found_leaves_it_out"), 29: tested("ends with a question", RECORD),
     **{k: tested(title, RECORD, "test_text::test_text_never_becomes_a_special_token", "test_text::test_the_learned_tokens_are_the_answers_and_their_ends") for k, title in {
@@ -92,4 +92,10 @@ CATALOGUE: dict[int, Fault] = {
     155: tested("kill -9 of the command that was typed", "test_watchdog::test_kill_9_of_the_command_that_was_typed_ends_all_ranks_and_their_workers", "test_watchdog::test_kill_9_of_the_launcher_of_one_process_ends_it_too", "test_watchdog::test_a_second_launcher_that_was_left_alone_before_its_ranks_began_is_noticed"),
     156: tested("the shell that started a run ends", "test_watchdog::test_a_shell_that_ends_before_its_run_is_no_launcher"),
     157: tested("--restarts -1, --ranks -3, flags with a slip", "test_watchdog::test_a_wish_that_no_launcher_can_meet_is_refused_in_one_line", "test_watchdog::test_a_flag_that_nobody_knows_is_refused_by_the_launcher_too"),
+    # what is not read, and what people write
+    158: tested("a comma too many, comments, Python's quotes, records behind each other", FILE, "test_catalogue_data::test_lines_and_a_byte_order_mark_are_read"), 159: tested("zeros, archives, a record without an end", FILE, "test_store::test_a_file_without_an_end_of_a_record_is_refused_after_some_megabytes"),
+    160: tested("an image under another key, in a turn, several", RECORD), 161: tested("videos and sounds", RECORD), 162: tested("marks of other formats", RECORD), 163: tested("messages, instruction, content parts", RECORD), 164: tested("weights, tools, a system prompt as a key", RECORD),
+    165: tested("a value of megabytes", RECORD), 166: tested("nesting that a deeper call cannot read", RECORD), 167: tested("an image behind model_max_length", RECORD),
+    168: tested("a conversion that a power cut left damaged", "test_store::test_a_damaged_conversion_is_made_again_and_said_so", "test_store::test_a_conversion_is_on_the_disk_before_its_mark", "test_store::test_parts_that_a_stop_left_damaged_are_made_anew"),
+    169: tested("kill -9 of a conversion", "test_store::test_workers_of_a_conversion_end_with_the_process_that_was_killed"), 170: tested("a text that the tokenizer fails on", "test_store::test_a_text_that_the_tokenizer_fails_on_is_that_records_finding"), 171: tested("a million keys, 100,000 turns", "test_store::test_a_record_of_a_million_keys_or_turns_is_read_in_bounded_time"),
 }
