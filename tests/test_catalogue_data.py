@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
-from runs import config, make_world
+from runs import config, make_world, verdict
 from transformers import AutoTokenizer
 
 from llava_nb import train
@@ -115,7 +115,7 @@ def test_a_record(world, case, capsys):
         name = "none" if record == '"text"' or case.startswith("166") else "it"
         assert code == 2 and f["kind"] in KINDS and f["id"] == name and re.search(message, f["message"]), f
         assert f"record 1 (id {name}): {f['message']}" in said and f["file"].endswith(".data.json")
-        assert train.main([str(world / f"{slug(case)}.json"), "--use_cpu", "True"]) == 2
+        assert verdict(world / f"{slug(case)}.json", capsys, "--use_cpu", "True")[0] == train.main([str(world / f"{slug(case)}.json"), "--use_cpu", "True"]) == 2
         err = capsys.readouterr().err
         assert err.startswith("llava_nb: 1 of 2 records cannot be trained on") and f["message"] in err and "Traceback" not in err
     else:
@@ -148,6 +148,7 @@ def test_a_file_of_records(world, case, capsys):
     code, said, _ = examined(world, slug(case), content, capsys)
     assert code == 2 and re.search(message, said) and f"{slug(case)}.data.json" in said and "Traceback" not in said
     if case not in ("4 an empty list", "159 no end"): assert said.count("\n") == 1       # a large file has a bar
+    if case not in ("1 missing", "159 no end"): verdict(world / f"{slug(case)}.json", capsys)       # a dry run does without the first, and says so
     assert train.main([str(world / f"{slug(case)}.json"), "--use_cpu", "True"]) == 2
     assert re.search(message, capsys.readouterr().err) and not torch.cuda.is_initialized()
 
@@ -212,6 +213,7 @@ def test_a_picture(world, case, capsys):
     records = [SOUND, shown(f"{slug(case)}/{name}")]
     if outcome == "bad!": assert examined(world, slug(case), records, capsys)[0] == 0        # the header is fine
     code, said, found = examined(world, slug(case), records, capsys, "--deep")
+    if outcome == "bad": assert verdict(world / f"{slug(case)}.json", capsys)[0] == 2
     (place / name).unlink()
     mine = [f for f in found if f["index"] == 1]
     assert "Traceback" not in said and "Warning:" not in said

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from runs import config, make_world, run, verdicts
-from transformers import CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
+from transformers import AutoProcessor, CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
 from llava_nb import train
 from llava_nb.masking import tiny_tokenizer
@@ -60,3 +61,13 @@ def test_what_the_field_met(world, name, capsys):
         said = verdicts(file, capsys, *flags)
         assert len(set(said.values())) == 1 and said["run"][0] == code, said
         assert train.main([str(file), *flags]) == code and says in capsys.readouterr().err, said
+
+
+def test_a_tower_without_class_token_keeps_every_feature(world, capsys):
+    """The strategy follows from the tower; the result runs in plain transformers."""
+    file, _ = asked(world, "a tower without class token")
+    assert train.main([str(file), "--output_dir", str(world / "siglip")]) == 0
+    found = json.loads((world / "siglip" / "config.json").read_text())
+    assert found["vision_feature_select_strategy"] == "full" and found["image_seq_length"] == 4
+    model, processor = LlavaForConditionalGeneration.from_pretrained(world / "siglip"), AutoProcessor.from_pretrained(world / "siglip")
+    with torch.no_grad(): model(**processor(text="<image>\nWhat?", images=Image.open(world / "1.png"), return_tensors="pt"))
