@@ -206,7 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'llava_nb.conversation._check_text': ('conversation.html#_check_text', 'llava_nb/conversation.py'),
                                        'llava_nb.conversation._closed': ('conversation.html#_closed', 'llava_nb/conversation.py'),
                                        'llava_nb.conversation._ended': ('conversation.html#_ended', 'llava_nb/conversation.py'),
-                                       'llava_nb.conversation._found_mark': ('conversation.html#_found_mark', 'llava_nb/conversation.py'),
+                                       'llava_nb.conversation._found_marks': ('conversation.html#_found_marks', 'llava_nb/conversation.py'),
                                        'llava_nb.conversation._in_order': ('conversation.html#_in_order', 'llava_nb/conversation.py'),
                                        'llava_nb.conversation._marked': ('conversation.html#_marked', 'llava_nb/conversation.py'),
                                        'llava_nb.conversation._matters': ('conversation.html#_matters', 'llava_nb/conversation.py'),

@@ -404,24 +404,29 @@ def _not_read(kind: str, value: Any, image: Any) -> tuple[str, str]: # what is w
 # %% ../nbs/10_conversation.ipynb #5a1c07eb
 _NOUN = "image|img|picture|photo|video|audio|sound|speech"
 _MARKS = re.compile(rf"""(?xi)
-    <\|?(?:image|video|audio)\|?>                                                # <image>, <|image|>, <Video>
+    (?<![\w:])<\|?(?:image|video|audio)\|?>                                      # <image>, <|image|>, <Video>; not vector<Image>
   | <\|?(?:{_NOUN})[ _-]*(?:pad|placeholder|here|token|soft_token|start|end|context|\d+)(?:[ _-]*\d+)?\|?>      # <image_1>, <|image_pad|>
   | <\|?(?:start|end|begin)_of_(?:{_NOUN})\|?> | <\|?vision_(?:start|end|pad)\|?> | <imagehere> | <img_context> | <im_patch>
   | <(img|image|video|audio)>[^<>\n]+</\1>                                        # <img>1.png</img>
   | (?:^|\A\s*)[ \t]*(?:<\|?(?:{_NOUN})\|?>|\[(?:{_NOUN})\])(?=\s*$|\s*\Z)           # alone on a line
-  | \A\s*(?:<\|?(?:{_NOUN})\|?>|\[(?:{_NOUN})\]) | (?:<\|?(?:{_NOUN})\|?>|\[(?:{_NOUN})\])\s*\Z       # first or last in a text
+  | \A\s*(?:<\|?(?:{_NOUN})\|?>|\[(?:{_NOUN})\]) | (?<![\w:])(?:<\|?(?:{_NOUN})\|?>|\[(?:{_NOUN})\])\s*\Z       # first or last in a text
 """, re.M)
 
-def _found_mark(text: str) -> str: # "" if there is none
-    "The first mark in a text that is not `<image>`."
-    if "<" not in text and "[" not in text: return ""
-    return next((m[0].strip() for m in _MARKS.finditer(text) if m[0].strip() != IMAGE_TOKEN), "")
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.S)      # a block of Markdown, or words set as code
+
+def _found_marks(text: str) -> list[str]:
+    "The marks in a text that could stand for a file; what is code, or HTML with its closing tag, could not."
+    if "<" not in text and "[" not in text: return []
+    spoken = _CODE.sub("`", text)
+    marks = [m[0].strip() for m in _MARKS.finditer(spoken)]
+    return [m for m in marks if not (m[0] + m[-1] == "<>" and "</" not in m and f"</{m[1:]}" in spoken)]
 
 def _check_marks(turns: list[dict], image: Any) -> None:
     "One `<image>` for an image, in a question; no other mark."
     if not isinstance(image, str | None): raise BadRecord("shape", f"must be one path under the image folder, got {shown(image)}", *_one_path(image))
-    counts = [turn["value"].count(IMAGE_TOKEN) for turn in turns]
-    other = next(((k, mark) for k, turn in enumerate(turns) if (mark := _found_mark(turn["value"]))), None)
+    marks = [_found_marks(turn["value"]) for turn in turns]
+    counts = [turn["value"].count(IMAGE_TOKEN) if image is not None else own.count(IMAGE_TOKEN) for turn, own in zip(turns, marks)]
+    other = next(((k, mark) for k, own in enumerate(marks) for mark in own if mark != IMAGE_TOKEN), None)
     if image is not None and not any(counts):
         meant = f" (did you mean it by {shown(other[1])} in conversations[{other[0]}]?)" if other else ""
         raise BadRecord("mark", f"{shown(image)} is given, but no turn says {IMAGE_TOKEN}", f"put it where the image belongs{meant}", "image")
@@ -452,7 +457,8 @@ def normalise(
     turns, image = _check_shape(record), image_of(record)
     _check_keys(record, turns, image)
     _check_marks(turns, image)
-    turns = [_marked(t) if IMAGE_TOKEN in t["value"] else {"from": t["from"], "value": t["value"], "image": False} for t in turns]
+    shown_in = [image is not None and IMAGE_TOKEN in t["value"] for t in turns]
+    turns = [_marked(t) if has else {"from": t["from"], "value": t["value"], "image": False} for t, has in zip(turns, shown_in)]
     system = turns[:1] if turns[0]["from"] == SYSTEM else []
     turns = _in_order(turns[len(system):])
     if image is not None and not any(t["image"] for t in turns):

@@ -312,7 +312,8 @@ def noted(
     "What is odd about a record."
     turns, texts = record["conversations"], [turn["value"] for turn in record["conversations"]]
     first, text = turns[turns[0]["from"] == SYSTEM]["from"], "\n".join(texts)
-    said = (first == "gpt", turns[-1]["from"] == "human", False, bool(special.search(text)), not text.isascii() and bool(_INVISIBLE.search(text)),
+    named = bool(special.search(text)) or not record.get("image") and IMAGE_TOKEN in text
+    said = (first == "gpt", turns[-1]["from"] == "human", False, named, not text.isascii() and bool(_INVISIBLE.search(text)),
             "\r" in text or any(t != t.strip() for t in texts), not record.keys() <= {"id", "image", "conversations"} or any(len(turn) > 2 for turn in turns), False, isinstance(record.get("image"), list))
     return sum(so << bit for bit, so in enumerate(said))
 

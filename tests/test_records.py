@@ -141,3 +141,24 @@ def test_paths_and_ids_that_the_system_refuses_are_problems_and_not_crashes(tmp_
 def test_pictures_without_a_transform_are_refused(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
     with pytest.raises(ValueError, match="no image_transform"): LlavaDataset([record("a", "x.png")], get_template("v1"), ENCODER, None, tmp_path)
+
+
+MARKUP = ("```html\n<video>\n<source src='a.mp4'></video>\n```", "Use <video controls></video>.", "`<image>` is a tag of RSS", "<picture><source></picture>",
+          "std::vector<Image>", "C++ vector<image> v;", "In XML: <image>a.png</image>", "An <img> tag has alt.", "<IMG SRC=x>", "Map<String, Image>")
+MARKS = ("<video>\nWhat happens?", "See <video> here", "What is this? <image>", "<IMAGE>", "print('<image>')", "```\ncode\n```\n<audio>", "<img>a.png</img>", "<image_1> what")
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_what_programmers_write_is_text(tmp_path, text):
+    """ShareGPT's conversations, which LLaVA trains on, are full of HTML and templates of C++"""
+    for turns in ((text, "Yes."), ("What?", text)):
+        kept = dataset([{"conversations": [{"from": who, "value": v} for who, v in zip(("human", "gpt"), turns)]}], tmp_path)
+        sample = kept[0]
+        assert sample["pixel_values"] is None and ENCODER.image_token_id not in sample["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("text", MARKS)
+def test_a_mark_without_its_file_is_refused(tmp_path, text):
+    for turns in ((text, "Yes."), ("What?", text)):
+        bad = [{"conversations": [{"from": who, "value": v} for who, v in zip(("human", "gpt"), turns)]}]
+        with pytest.raises(ValueError, match="1 of 1 records"): dataset(bad, tmp_path)
