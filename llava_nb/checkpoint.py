@@ -9,6 +9,7 @@ __all__ = ['PUBLISHED', 'INNER_VISION', 'MANIFEST', 'UNSEALED', 'PLACE', 'MADE_W
            'find_checkpoint', 'rotate', 'survey', 'publish', 'read_back', 'check_same', 'load_weights', 'describe']
 
 # %% ../nbs/32_checkpoint.ipynb #515d64e0
+import contextlib
 import hashlib
 import json
 import os
@@ -23,11 +24,14 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase, TrainerState
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase, TrainerState
 
 import llava_nb.trust as trust
 import llava_nb.zero as zero
-from .llava import PROJECTOR_FILE, load_projector, projector_state, valid_generation_config
+from .chat_template import as_trained, saved_generation, saved_tokenizer
+from .conversation import IMAGE_TOKEN, normalise
+from .llava import PROJECTOR_FILE, load_projector, projector_state
 from .state import AGAIN, SPOILT, STATE_FILE, Parts, check_contents, keep_global_batch, part_file, read_index
 from .storage import NoCheckpoint, StorageFailed, clear, fail_point, known, note, open_new, read_object, settle_folder, write_durably
 from .terminal import printable, say, shown
@@ -48,13 +52,13 @@ def save_projector(
 
 # %% ../nbs/32_checkpoint.ipynb #4e64eb20
 def llava_processor(
-    model: LlavaForConditionalGeneration,
+    model: LlavaForConditionalGeneration, # with `config.llava_nb`
     tokenizer: PreTrainedTokenizerBase, # with `<image>`
     image_processor, # the tower's Pillow processor
     aspect: str = "square", # "square" or "pad"
 ) -> LlavaProcessor:
-    "Transformers' processor for this model, giving the training's tokens and pixels."
-    config = model.config
+    "Transformers' processor for this model, giving the training's tokens and pixels, with its template."
+    config, tokenizer = model.config, saved_tokenizer(model.config, tokenizer)
     dropped = config.vision_feature_select_strategy == "default"
     side = isqrt(config.image_seq_length + dropped)
     return LlavaProcessor(
@@ -89,13 +93,13 @@ def save_llava(
     max_shard_size: str = "5GB",
 ) -> None:
     "Write a llava-hf folder, shards and all. Template and padding come from `model.config.llava_nb`."
-    model.generation_config = valid_generation_config(model.generation_config)
-    model.generation_config.suppress_tokens = unsayable(model)
+    aspect = model.config.llava_nb.get("image_aspect_ratio") or "square"
+    processor = llava_processor(model, tokenizer, image_processor, aspect)
+    model.generation_config = saved_generation(model.config, processor.tokenizer, unsayable(model))
     state = published_state(model, model.state_dict() if state_dict is None else state_dict)
     model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size=max_shard_size)
     fail_point("save.weights")
-    aspect = model.config.llava_nb.get("image_aspect_ratio", "square")
-    llava_processor(model, tokenizer, image_processor, aspect).save_pretrained(folder)
+    processor.save_pretrained(folder)
     exported_processor(image_processor, aspect).save_pretrained(folder)
     fail_point("save.processor")
 
@@ -428,18 +432,47 @@ def _move(path: Path, run_dir: Path, name: str) -> None:
     if place.is_dir(): clear(place)
     os.replace(path, place)
 
+# %% ../nbs/32_checkpoint.ipynb #b0aa7b60
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, os.cpu_count() or 1))
+    try: yield
+    finally: torch.set_num_threads(threads)
+
+def _asked(processor: LlavaProcessor, text: str, image: Image.Image | None, model: LlavaForConditionalGeneration) -> list[int]:
+    "What a processor makes of a question, when a model has answered it."
+    parts = [{"type": "text", "text": text}] + ([{"type": "image", "image": image}] if image else [])
+    inputs = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True,
+                                           return_dict=True, return_tensors="pt").to(model.dtype)
+    out = model.generate(**inputs, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    if not all(torch.isfinite(logits).all() for logits in out.logits): raise ValueError("its logits are not finite")
+    return inputs["input_ids"][0].tolist()
+
+def _use(
+    folder: Path, # of a result of stage 2
+) -> None:
+    "Load a model with transformers alone and ask it something."
+    model, told = trust.load(LlavaForConditionalGeneration, folder, weights=True, dtype="auto", output_loading_info=True)
+    if told["missing_keys"] or told["mismatched_keys"]: raise OSError(f"it lacks {sorted(told['missing_keys'])[:3]}")
+    processor = trust.load(AutoProcessor, folder)
+    template, encoder = as_trained(model.config, trust.load(AutoTokenizer, folder))
+    for image in (Image.new("RGB", (96, 64), "teal"), None)[:None if template.asks else 1]:
+        record = {"conversations": [{"from": "human", "value": IMAGE_TOKEN * bool(image) + "What is this?"}, {"from": "gpt", "value": "x"}]}
+        turns = normalise(record | ({"image": "x"} if image else {}))
+        if _asked(processor, "What is this?", image, model) != encoder.uncut(template.prompt(turns[:1])).input_ids:
+            raise ValueError("its chat template gives other ids than the training's")
+
 def read_back(
     folder: str | Path, # of a result
     stage: int,
 ) -> None:
-    "Load a result as its user will, or say that it is none."
+    "Use a result as its user will, or say that it is none."
     try:
         if stage == 1: load_file(Path(folder) / PROJECTOR_FILE)
         else:
-            _, told = trust.load(LlavaForConditionalGeneration, folder, weights=True, dtype="auto", output_loading_info=True)
-            if told["missing_keys"] or told["mismatched_keys"]: raise OSError(f"it lacks {sorted(told['missing_keys'])[:3]}")
-            trust.load(AutoTokenizer, folder)
-    except Exception as e: raise StorageFailed(f"{folder}: the result does not load again ({' '.join(str(e).split())})") from None
+            with _all_cores(): _use(Path(folder))
+    except Exception as e: raise StorageFailed(f"{printable(folder)}: the result cannot be used ({printable(' '.join(str(e).split()), 300)})") from None
 
 # %% ../nbs/32_checkpoint.ipynb #98106004
 def check_same(

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
+from .chat_template import stops
+from .checkpoint import unsayable
 from .conversation import SYSTEM, Template, image_of, normalise
 from .imageproc import ImageTransform
 from .masking import Encoder
@@ -64,13 +66,15 @@ def answer(
 ) -> list[Answer]:
     "Ask every question and collect greedy answers."
     settings, was_training = model.config.llava_nb, model.training
-    encoder = Encoder(tokenizer, model.config.image_token_id, settings["image_seq_len"], 10**9)
+    encoder = Encoder(tokenizer, model.config.image_token_id, settings["image_seq_len"], 10**9, settings.get("special_tokens") or ())
+    ends = stops(template, encoder)
     model.eval(); found = []
     for k in range(0, len(records), batch_size):
         batch = records[k:k + batch_size]
         prompts = [encoder(template.prompt(_question(r))).input_ids for r in batch]
         pictures = [transform(Path(image_folder) / image) for r in batch if (image := image_of(r)) is not None]
-        found += [Answer(r, text) for r, text in zip(batch, _generate(model, tokenizer, template, prompts, pictures, blank, max_new_tokens))]
+        texts = _generate(model, tokenizer, ends, prompts, pictures, blank, max_new_tokens)
+        found += [Answer(r, text) for r, text in zip(batch, texts)]
         progress(len(found))
     model.train(was_training)
     return found
@@ -80,20 +84,15 @@ def _question(record: dict) -> list[dict]: # turns
     turns = normalise(record)
     return turns[:1 + (turns[0]["from"] == SYSTEM)]
 
-def _generate(model, tokenizer, template, prompts, pictures, blank, max_new_tokens) -> list[str]:
-    stop = tokenizer.convert_tokens_to_ids(template.stop) if template.stop in tokenizer.get_vocab() else tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop
-    ids, mask = (t.to(model.device) for t in left_padded(prompts, pad))
+def _generate(model, tokenizer, ends, prompts, pictures, blank, max_new_tokens) -> list[str]:
+    stop_ids, stop_text = ends
+    ids, mask = (t.to(model.device) for t in left_padded(prompts, stop_ids[0]))
     pixels = torch.stack(pictures).to(model.device, model.dtype) if pictures else None
     if blank and pixels is not None: pixels = torch.zeros_like(pixels)
-    first, rows = model.config.llava_nb["text_vocab_size"], model.config.text_config.vocab_size
-    unsayable = sorted({model.config.image_token_id, *range(first, rows)})
-    out = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False, use_cache=True,
-                         eos_token_id=stop, pad_token_id=pad, suppress_tokens=unsayable)[:, ids.shape[1]:]
-    return [tokenizer.decode(row[:_end(row, stop)]).split(template.stop)[0].strip() for row in out.tolist()]
-
-def _end(row: list[int], stop: int) -> int:
-    return row.index(stop) if stop in row else len(row)
+    out = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False,
+                         use_cache=True, eos_token_id=stop_ids, pad_token_id=stop_ids[0], suppress_tokens=unsayable(model))
+    rows = [row[:next((k for k, i in enumerate(row) if i in stop_ids), None)] for row in out[:, ids.shape[1]:].tolist()]
+    return [(text.split(stop_text)[0] if stop_text else text).strip() for text in map(tokenizer.decode, rows)]
 
 # %% ../nbs/41_evals.ipynb #ac577026
 @dataclass(frozen=True)

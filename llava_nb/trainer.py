@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from .chat_template import saved_tokenizer
 from .checkpoint import (MADE_WITH, MANIFEST, UNSEALED, begin_checkpoint, checkpoints, fault, load_weights, publish, read_back, rotate, save_llava, save_projector,
                                  seal, seal_alone)
 from .config import Problems
@@ -611,7 +612,7 @@ class LlavaTrainer(EvaluatedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.stage == 2: return save_llava(self.model, output_dir, self.processing_class, self.image_processor, state_dict)
         save_projector(self.model, output_dir, state_dict)
-        self.processing_class.save_pretrained(output_dir)
+        saved_tokenizer(self.model.config, self.processing_class).save_pretrained(output_dir)
         fail_point("save.processor")
 
     @property
