@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'CHECKS', 'Checked', 'architecture', 'dry_model', 'check_parts', 'check_projector', 'is_llava', 'gate_of',
-           'check_length', 'check_text', 'check_processor', 'places', 'check_records', 'check_pictures',
+           'told_day', 'check_length', 'check_text', 'check_processor', 'places', 'check_records', 'check_pictures',
            'open_pictures', 'output_dir', 'check_output', 'hold', 'check_resume', 'precision', 'check_kernels',
            'check_optimizer', 'learning_rates', 'check_plan', 'go', 'tell']
 
@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ import transformers
 import llava_nb.attention as attention
 import llava_nb.checkpoint as checkpoint
 import llava_nb.config as config
+import llava_nb.chat_template as chat_template
 import llava_nb.conversation as conversation
 import llava_nb.cross_entropy as cross_entropy
 import llava_nb.doctor as doctor
@@ -92,7 +94,7 @@ def _whole(m: config.ModelConfig) -> transformers.LlavaConfig:
 def _joined(m: config.ModelConfig) -> transformers.LlavaConfig:
     text, tower = architecture(m.language_model), vision.vision_config(architecture(m.vision_tower))
     llava.check_language_model(text, m.language_model)
-    rows = text.vocab_size
+    rows = text.vocab_size + len(m.special_tokens or [])      # the tokenizer may have had some
     text.vocab_size = math.ceil((rows + 1) / 64) * 64
     return llava.llava_config(text, tower, rows, m.projector_type, m.vision_feature_layer, m.vision_feature_select_strategy)
 
@@ -148,18 +150,30 @@ def gate_of(
     run: config.Run,
     shape: transformers.LlavaForConditionalGeneration, # see `dry_model`
     local: bool = False, # ask no network
+    today: date | None = None, # see `own_template`
 ) -> records.Gate:
     "What every record must pass."
     m, features = run.model, shape.config.image_seq_length
     tokenizer = trust.load(transformers.AutoTokenizer, m.model or m.language_model, local_files_only=local)
+    if new := masking.add_spoken(tokenizer, spoken := m.special_tokens or []): say(f"special tokens added: {', '.join(map(shown, new))}")
     image_token_id = shape.config.image_token_id if m.model else llava.add_image_token(tokenizer)
-    template = conversation.get_template(run.data.template, tokenizer)
+    template = conversation.get_template(run.data.template, tokenizer, today)
     check_length(run, features)
-    gate = records.Gate(template, masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length), run.data.repair)
+    gate = records.Gate(template, masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length, spoken), run.data.repair)
     found = architecture(m.model or m.language_model)
     text = getattr(found, "text_config", found)
     doctor.self_test(gate, text.vocab_size, getattr(text, "max_position_embeddings", None))
+    masking.check_spoken(spoken, tokenizer, template.marks)
+    if chat_template.IMAGE_TOKEN in tokenizer.get_vocab(): chat_template.check_jinja(template, gate.encoder)
     return gate
+
+def told_day(
+    checkpoint: str | None, # to go on from
+) -> date:
+    "The day that a template is told: the checkpoint's, or this one; the first rank's for all."
+    path, said = Path(checkpoint or "") / "config.json", None
+    if checkpoint and path.is_file(): said = json.loads(path.read_text()).get("llava_nb", {}).get("date")
+    return date.fromisoformat(zero.from_all_ranks(said or date.today().isoformat())[0])
 
 def check_length(
     run: config.Run,
@@ -182,7 +196,7 @@ def check_text(c: Checked) -> None:
     check_length(c.run, c.shape.config.image_seq_length)
     name = c.run.model.model or c.run.model.language_model
     with trust.explained(name, "a tokenizer", (ValueError, OSError)):
-        c.gate = _read_part(c, name, "tokenizer, template and records", lambda local: gate_of(c.run, c.shape, local))
+        c.gate = _read_part(c, name, "tokenizer, template and records", lambda local: gate_of(c.run, c.shape, local, told_day(c.resume)))
     own, known = c.gate and c.gate.template.stop, conversation.TEMPLATES.get(c.run.data.template)
     if known and own not in (None, known.stop) and zero.rank() == 0: say(f"note: template {known.name} ends answers with {shown(own)}, the end token of this tokenizer, which has no {known.stop}")
 

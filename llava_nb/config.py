@@ -33,6 +33,7 @@ class ModelConfig:
     projector_type: str = _setting("mlp2x_gelu", "'mlp2x_gelu' or 'linear'.")
     vision_feature_layer: int = _setting(-2, "Which hidden state of the tower gives the features.")
     vision_feature_select_strategy: str | None = _setting(None, "'default' drops the class token, 'full' keeps every feature; by default what the tower asks for.")
+    special_tokens: list[str] | None = _setting(None, "Tokens of the tokenizer that questions and answers may say, ['<box>', '</box>'] or '<box>,</box>'; those it lacks are added, with a row each. By default what looks like one is spelled out.")
     attention: str = _setting("auto", "Kernel of the packed rows: 'varlen', 'flash', 'flex', 'sdpa', or 'auto': the first that proves itself on the device.")
     loss_kernel: str = _setting("chunked", "What computes logits and loss at learned tokens: 'chunked', or 'liger' (package liger-kernel, on a GPU) where `bench/loss.py` finds it faster.")
 

@@ -46,7 +46,8 @@ def self_test(
     tokenizer, longest, bare = encoder.tokenizer, encoder.max_length, lambda text: "".join(text.split())
     if longest < encoder.image_seq_len + 64: wrong.append(f"model_max_length {longest} leaves fewer than 64 tokens beside an image's {encoder.image_seq_len} features; raise it")
     if positions and longest > positions: wrong.append(f"model_max_length {longest:,} is more than the {positions:,} positions of the language model; lower it")
-    highest = max(i for i in tokenizer.get_vocab().values() if i != encoder.image_token_id)
+    known = tokenizer.get_vocab()
+    highest = max(set(known.values()) - {encoder.image_token_id} - {known.get(name) for name in encoder.spoken})
     if rows and highest >= rows: wrong.append(f"the tokenizer has ids up to {highest:,}, the model's embedding {rows:,} rows; take the tokenizer that belongs to the model")
     for turns in _canonical(template.trains_stage):
         learned = [i for i in encoder.uncut(template.segments(turns)).labels if i != IGNORE_INDEX]

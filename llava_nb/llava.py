@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['PROJECTORS', 'HEAD_SETTINGS', 'WINDOWS', 'WORK', 'RECOMPUTE', 'PREFIX', 'PROJECTOR_FILE', 'BESIDE_PROJECTOR',
-           'HARMLESS', 'BESIDE_TOWER', 'llava_config', 'seeded', 'new_projector', 'add_image_token', 'build_llava',
-           'check_features', 'valid_generation_config', 'connect_rows', 'unused_layers', 'prepare', 'small_copy',
-           'check_language_model', 'tiny_llava', 'set_recompute', 'freeze', 'parts', 'read_projector', 'full_shape',
-           'gathered', 'load_projector', 'projector_state', 'load_language_model', 'load_tower', 'check_llava',
-           'load_llava', 'meta_llava']
+           'HARMLESS', 'BESIDE_TOWER', 'llava_config', 'seeded', 'new_projector', 'add_image_token', 'fit_embeddings',
+           'said_rows', 'build_llava', 'check_features', 'valid_generation_config', 'connect_rows', 'unused_layers',
+           'prepare', 'small_copy', 'check_language_model', 'tiny_llava', 'set_recompute', 'freeze', 'parts',
+           'read_projector', 'full_shape', 'gathered', 'load_projector', 'projector_state', 'load_language_model',
+           'load_tower', 'check_llava', 'load_llava', 'meta_llava']
 
 # %% ../nbs/21_llava.ipynb #24e48131
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import MethodType
@@ -85,10 +85,23 @@ def add_image_token(
         tokenizer.add_tokens([image_token], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(image_token)
 
-def _fit_embeddings(model: PreTrainedModel, rows: int, seed: int) -> None:
+def fit_embeddings(
+    model: PreTrainedModel, # changed in place
+    rows: int, # at least
+    seed: int,
+) -> None:
+    "More rows for new tokens, drawn around the mean of those that are there."
     if rows > model.get_input_embeddings().num_embeddings:
         with seeded(seed):
             model.resize_token_embeddings(rows, pad_to_multiple_of=64)
+
+def said_rows(
+    rows: int, # of the language model's text
+    tokenizer: PreTrainedTokenizerBase,
+    spoken: Sequence[str], # tokens that texts may say
+) -> int:
+    "Rows that enter the softmax: what the language model had, and what texts may say beyond."
+    return max([rows, *(1 + tokenizer.convert_tokens_to_ids(name) for name in spoken)])
 
 # %% ../nbs/21_llava.ipynb #e1e6f031
 def build_llava(
@@ -99,11 +112,13 @@ def build_llava(
     feature_layer: int = -2, # index into the tower's hidden states
     select_strategy: str | None = None, # "default" drops the class token, "full" keeps every feature; None: by the tower
     seed: int = 42, # of the projector and of new embedding rows
+    spoken: Sequence[str] = (), # tokens of the tokenizer that texts may say, see `masking.add_spoken`
 ) -> LlavaForConditionalGeneration:
     "Put a language model and a vision tower into transformers' LLaVA, with a new projector between them."
     check_language_model(language_model.config); _decoder(language_model)
-    image_token_id, text_vocab_size = add_image_token(tokenizer), language_model.get_input_embeddings().num_embeddings
-    _fit_embeddings(language_model, image_token_id + 1, seed)
+    image_token_id, own = add_image_token(tokenizer), language_model.get_input_embeddings().num_embeddings
+    text_vocab_size = said_rows(own, tokenizer, spoken)
+    fit_embeddings(language_model, max(image_token_id + 1, text_vocab_size), seed)
     config = llava_config(language_model.config, vision_tower.config, image_token_id, projector_type, feature_layer, select_strategy)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)

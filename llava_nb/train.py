@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'MEASURED', 'USAGE', 'parse', 'check_training', 'training_fields', 'fitting', 'made_arguments',
-           'training_arguments', 'start_folder', 'assemble', 'Pieces', 'build', 'use_features', 'load_model',
-           'loss_line', 'eval_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute', 'size_of_data',
-           'steps_of_epoch', 'dry_run', 'examine', 'verify', 'help_text', 'main', 'program']
+           'training_arguments', 'start_folder', 'assemble', 'with_rows', 'Pieces', 'build', 'use_features',
+           'load_model', 'loss_line', 'eval_line', 'LossLine', 'QuietLossLine', 'summary', 'prepare', 'execute',
+           'size_of_data', 'steps_of_epoch', 'dry_run', 'examine', 'verify', 'help_text', 'main', 'program']
 
 # %% ../nbs/90_train.ipynb #edcf61f9
 import os
@@ -27,6 +27,7 @@ import json
 import math
 import random
 import time
+from datetime import date
 from typing import NoReturn
 
 import torch
@@ -75,6 +76,7 @@ def parse(
     own = {k: v for k, v in settings.items() if k in config.field_names(*config.CONFIGS)}
     run = config.Run(*_typed(config.CONFIGS, own), settings, notes)
     _take_whole_model(run)
+    run.model.special_tokens = [name for word in run.model.special_tokens or [] for name in word.split(",") if name] or None
     with wrong.noted(): check_training(run)
     config.by_stage(run.data, run.stage)
     with wrong.noted(): config.check(run.model, run.data, run.stage, training_fields(run).projector_lr, absent=run.absent if run.run.dry_run else None)
@@ -254,7 +256,7 @@ def start_folder(
 ) -> str: # llava-hf folder or hub id
     "The folder that every rank loads; assembled from parts on rank 0 when there is none."
     m = run.model
-    if m.model: return m.model
+    if m.model and not m.special_tokens: return m.model
     folder, recipe = Path(output_dir) / "start", json.dumps({**dataclasses.asdict(m), "projector": None, "seed": seed})
     made_from = folder / "made_from.json"
     if zero.rank() == 0 and (checkpoint.fault(folder) or made_from.read_text() != recipe):      # half written, damaged, or of other parts
@@ -266,16 +268,32 @@ def start_folder(
     return str(folder)
 
 def assemble(
-    m: config.ModelConfig, # with `language_model` and `vision_tower`
+    m: config.ModelConfig, # with `language_model` and `vision_tower`, or with `model` and `special_tokens`
     folder: str | Path,
     seed: int = 42,
 ) -> None:
-    "Write a llava-hf folder from a language model and a vision tower."
+    "Write a llava-hf folder from a language model and a vision tower, or one with rows for more tokens."
     with vision.unpartitioned():
-        tokenizer = trust.load(transformers.AutoTokenizer, m.language_model)
-        model = llava.build_llava(llava.load_language_model(m.language_model), llava.load_tower(m.vision_tower), tokenizer, m.projector_type,
-                                  m.vision_feature_layer, m.vision_feature_select_strategy, seed)
-        checkpoint.save_llava(model, folder, tokenizer, vision.image_processor_for(m.vision_tower))
+        tokenizer, spoken = trust.load(transformers.AutoTokenizer, m.model or m.language_model), m.special_tokens or []
+        masking.add_spoken(tokenizer, spoken)
+        if m.model: model = with_rows(llava.load_llava(m.model), tokenizer, spoken, seed)
+        else:
+            parts = llava.load_language_model(m.language_model), llava.load_tower(m.vision_tower), tokenizer
+            features = m.projector_type, m.vision_feature_layer, m.vision_feature_select_strategy
+            model = llava.build_llava(*parts, *features, seed, spoken)
+        checkpoint.save_llava(model, folder, tokenizer, vision.image_processor_for(m.model or m.vision_tower))
+
+def with_rows(
+    model: transformers.LlavaForConditionalGeneration, # changed in place
+    tokenizer: transformers.PreTrainedTokenizerBase, # that has the tokens
+    spoken: list[str], # tokens that texts may say
+    seed: int,
+) -> transformers.LlavaForConditionalGeneration: # the same object
+    "Rows for tokens that a whole model has none for."
+    rows = llava.said_rows(model.config.llava_nb["text_vocab_size"], tokenizer, spoken)
+    llava.fit_embeddings(model, rows, seed)
+    model.config.llava_nb["text_vocab_size"] = rows
+    return model
 
 # %% ../nbs/90_train.ipynb #415194f3
 @dataclasses.dataclass
@@ -296,7 +314,7 @@ def build(
     train, held_out = [c.sets.get(setting) for setting in ("data_path", "eval_data_path")]
     start = start_folder(run, args.output_dir, args.seed)
     if run.data.feature_cache: use_features(run, args, start, [d for d in (train, held_out) if d and d.has_image.any()])
-    return Pieces(load_model(run, args, start), c.gate.encoder.tokenizer, c.processor, train, held_out)
+    return Pieces(load_model(run, args, start, checks.told_day(c.resume)), c.gate.encoder.tokenizer, c.processor, train, held_out)
 
 # %% ../nbs/90_train.ipynb #19a6f339
 def use_features(
@@ -316,6 +334,7 @@ def load_model(
     run: config.Run,
     args: trainer.LlavaTrainingArguments,
     start: str, # llava-hf folder or hub id
+    today: date | None = None, # that the template was told
 ) -> transformers.LlavaForConditionalGeneration:
     "The model with its projector, frozen by stage, knowing its template."
     dtype, autocast = checks.precision(args)
@@ -327,7 +346,9 @@ def load_model(
     if args.process_index == 0:
         terminal.say(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}")
         for name, why in refused.items(): terminal.say(f"note: attention {name} is not used: {why}")
-    model.config.llava_nb |= {"template": run.data.template, "image_aspect_ratio": run.data.image_aspect_ratio}
+    names = ("template", "image_aspect_ratio", "apply_exif", "reduced_jpeg", "model_max_length")
+    model.config.llava_nb |= {name: getattr(run.data, name) for name in names} | {"special_tokens": run.model.special_tokens or []}
+    if run.data.template == "chat_template": model.config.llava_nb["date"] = (today or date.today()).isoformat()
     return model
 
 # %% ../nbs/90_train.ipynb #e27eec8a

@@ -217,7 +217,8 @@ def made_with(
     if dataset is None: return found
     hashed = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (dataset.lengths, dataset.supervised, dataset.has_image)))
     tokenizer = hashlib.sha256(dataset.encoder.tokenizer.backend_tokenizer.to_str().encode("utf-8", "backslashreplace")).hexdigest()[:12]
-    return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "text": dataset.records.digest(), "tokenizer": tokenizer, "template": dataset.template.name,
+    return found | {"records": f"{len(dataset):,}, {hashed.hexdigest()[:12]}", "text": dataset.records.digest(), "tokenizer": tokenizer, "template": dataset.template.name, "special_tokens": ", ".join(dataset.encoder.spoken) or "none",
+                    "template_text": hashlib.sha256(repr(dataset.template).encode("utf-8", "backslashreplace")).hexdigest()[:12],
                     "model_max_length": dataset.encoder.max_length, **{name: getattr(dataset.image_transform, own, None) for name, own in (("image_aspect_ratio", "aspect"), ("apply_exif", "apply_exif"), ("reduced_jpeg", "reduced_jpeg"))}}
 
 def code_version() -> str:
