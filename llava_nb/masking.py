@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tokenizers import AddedToken, Encoding, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .conversation import BadRecord, Segment, is_control
+from .conversation import IMAGE_TOKEN, BadRecord, Segment, is_control
 from .terminal import printable, shown
 
 # %% ../nbs/11_masking.ipynb #9aae1978
