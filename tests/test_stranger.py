@@ -159,7 +159,7 @@ def test_named_tokens_are_themselves_everywhere(tmp_path):
     hidden = model.get_input_embeddings().weight
     assert torch.isfinite(hidden[ids]).all() and (hidden[ids] - hidden[:2048].mean(0)).abs().max() < 1
     answer = chat.ask("Where?", max_new_tokens=3)
-    assert answer in ("<box><box><box>", "")      # the sign of the logit is chance; what is said is not spelled
+    assert not answer.replace("<box>", "")      # the sign of the logit is chance; what is said is not spelled
 
 
 @pytest.mark.parametrize("name,why", [("<image>", "steers"), ("</s>", "steers"), ("<s>", "steers"), ("<unk>", "steers"), ("<|im_start|>", "steers"), ("<|eot_id|>", "steers"),
