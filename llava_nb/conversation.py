@@ -88,6 +88,12 @@ class Template:
         "What ends an answer."
         return self.end or self.around[1]
 
+    @property
+    def marks(self) -> set[str]: # literals
+        "The special tokens that it writes."
+        pieces = [*self.first, *self.later, *self.between, *(s for around in self.system or () for s in around)]
+        return {s.text for s in pieces if s.kind == "special"} | {self.end} - {""}
+
     def segments(self,
         turns: list[dict], # `from` and `value`: maybe system, then human and gpt in turn, see `normalise`
     ) -> list[Segment]: # without BOS, which the encoder adds
