@@ -367,83 +367,8 @@ class Gate:
         tokenizer, template = self.encoder.tokenizer, self.template
         code = [(files("llava_nb") / f"{name}.py").read_text() for name in ("conversation", "masking", "records")]
         said = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template), repr(template) if is_dataclass(template) else template.name,
-                *map(str, (self.encoder.image_token_id, self.encoder.image_seq_len, self.encoder.max_length, self.repair)), str(SCHEMA), str(BLOCK), *code]
-        return hashlib.sha256("\0".join(said).encode("utf-8", "backslashreplace")).hexdigest()
-
-# %% ../nbs/13_records.ipynb #38f5373d
-PROBLEM = pa.struct([(name, pa.string()) for name in ("kind", "what", "remedy", "field")])
-SCHEMA = pa.schema([("file", pa.int32()), ("index", pa.int64()), ("id", pa.string()), ("image", pa.binary()), ("length", pa.int32()), ("supervised", pa.int32()),
-                    ("words", pa.int32()), ("notes", pa.int32()), ("source", pa.string()), ("problem", PROBLEM), ("record", pa.string())])
-
-@dataclass(frozen=True)
-class Gate:
-    "What every record must pass, and what is then known of it."
-    template: Template
-    encoder: Encoder
-    repair: bool = True     # drop a first answer and a last question that stand alone; False: they are faults
-
-    def __call__(self,
-        rows: Sequence[str], # records as JSON texts
-        first: int = 0, # place of the first in its file
-        file: int = 0, # number of the file
-    ) -> pa.RecordBatch: # of `SCHEMA`, a row each
-        "Check a block of records."
-        found = [self._one(row) | {"file": file, "index": first + k, "record": row} for k, row in enumerate(rows)]
-        return pa.RecordBatch.from_pylist(found, SCHEMA)
-
-    def _one(self, row: str) -> dict:
-        known = {"id": "none", "source": "no record"}
-        try:
-            record, twice = parsed(row)
-            known = {"id": record_id(record), "source": record_source(record)}
-            return known | self._known(record, twice)
-        except BadRecord as e: return known | {"problem": {name: printable(getattr(e, name)) for name in PROBLEM.names}}
-
-    def _known(self, record: dict, twice: bool) -> dict:
-        "What is known of a good record."
-        whole = self.encoder.uncut(self.template.segments(normalise(record)))
-        encoded, image = _fitted(record, whole, self.encoder), image_of(record)
-        notes = noted(record, self.special) | (len(whole.input_ids) > self.encoder.max_length) << 2 | twice << 7
-        if notes & REPAIRED and not self.repair:
-            raise BadRecord("unanswered", ("begins with an answer" if notes & 1 else "ends with a question") + " that stands alone", "complete it, or let `repair` drop it", "conversations")
-        path = None if image is None else image.encode("utf-8", "surrogatepass")      # a file's name need not be Unicode
-        return {"image": path, "length": len(encoded.input_ids), "supervised": learned(encoded), "words": signed_words(record), "notes": notes}
-
-    @cached_property
-    def special(self) -> re.Pattern:
-        "The names of special tokens, this tokenizer's and well-known ones."
-        own = {self.encoder.tokenizer.added_tokens_decoder[i].content for i in self.encoder.control_ids} - {IMAGE_TOKEN}
-        return re.compile("|".join(map(re.escape, sorted(own.union(_WRITTEN)))))
-
-    def fingerprint(self) -> str:
-        "A hash of all that decides what becomes of a record, this code included."
-        tokenizer, template = self.encoder.tokenizer, self.template
-        code = [(files("llava_nb") / f"{name}.py").read_text() for name in ("conversation", "masking", "records")]
-        said = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template), repr(template) if is_dataclass(template) else template.name,
                 *map(str, (self.encoder.image_token_id, self.encoder.image_seq_len, self.encoder.max_length, self.encoder.spoken, self.repair)), str(SCHEMA), str(BLOCK), *code]
         return hashlib.sha256("\0".join(said).encode("utf-8", "backslashreplace")).hexdigest()
-
-DEPTH = 64       # objects and lists inside each other; a record's own are four
-
-def parsed(
-    row: str, # a record as JSON text
-) -> tuple[Any, bool]: # the record, and whether an object in it has a key twice
-    "Read a record, or say why not (`BadRecord`)."
-    twice = []
-    def made(pairs: list[tuple]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs): twice.append(True)
-        return found
-    try: record = json.loads(row, object_pairs_hook=made)
-    except RecursionError: raise BadRecord("shape", "is nested too deep to be a record", "leave it out") from None
-    except ValueError as e: raise BadRecord("shape", f"cannot be read as JSON ({printable(e, 80)})", "leave it out") from None
-    if row.count("{") + row.count("[") > DEPTH and _depth(record) > DEPTH: raise BadRecord("shape", f"is nested deeper than {DEPTH} levels", "leave it out, or make it flat")
-    return record, bool(twice)
-
-def _depth(value: Any) -> int:
-    level, depth = [value], 0
-    while level := [inner for v in level for inner in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())]: depth += 1
-    return depth
 
 # %% ../nbs/13_records.ipynb #fd11753c
 def check_picture(

@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava_nb.chat import Chat, Prompter, Reader, common_prefix, human_turn, main, next_token, stops, visible
+from llava_nb.chat import Chat, Prompter, Reader, common_prefix, human_turn, main, next_token, visible
+from llava_nb.chat_template import stops
 from llava_nb.checkpoint import save_llava, save_projector, unsayable
 from llava_nb.llava import tiny_llava
-from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
+from llava_nb.conversation import get_template
+from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
 
 QUESTIONS = ["What is in the picture?", "And what else?", "Is it large or small?"]
 
@@ -205,7 +207,7 @@ def test_an_answer_ends_where_the_context_does(parts, chat):
 
 def test_plain_ends_at_a_newline(parts):
     chat = Chat(*parts, template="plain")
-    assert chat.stop_text == "\n" and chat.stop_ids == {parts[1].eos_token_id}
+    assert chat.stop_text == "\n" and set(chat.stop_ids) == {parts[1].eos_token_id, parts[1].convert_tokens_to_ids("<0x0A>")}
     ids = iter(parts[1].encode("a cat\nand a dog", add_special_tokens=False))
     import llava_nb.chat as module
     old, module.next_token = module.next_token, lambda *args: next(ids)
@@ -241,8 +243,9 @@ def test_half_characters_wait(parts):
 def test_small_functions():
     assert [common_prefix(*x) for x in (([], [1]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2]), ([1, 5], [1, 2]))] == [0, 2, 2, 1]
     assert visible("x ##", "###", final=False) == "x" and visible("x ### y", "###", final=False) == "x"
-    tokenizer = tiny_tokenizer()
-    assert stops("</s>", tokenizer) == ({tokenizer.eos_token_id}, "") and stops("\n", tokenizer) == ({tokenizer.eos_token_id}, "\n")
+    chat_of = lambda name: stops(get_template(name), Encoder(tiny_tokenizer(), 2048, 16, 100))
+    eos, line = tiny_tokenizer().eos_token_id, tiny_tokenizer().convert_tokens_to_ids("<0x0A>")
+    assert chat_of("v1") == ([eos], "") and chat_of("plain") == (sorted([eos, line]), "\n")
 
 
 def test_saved_and_loaded(parts, saved):
