@@ -1150,6 +1150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llava_nb.watch.same': ('watch.html#same', 'llava_nb/watch.py'),
                                 'llava_nb.watch.siblings': ('watch.html#siblings', 'llava_nb/watch.py')},
             'llava_nb.zero': { 'llava_nb.zero._differs': ('zero.html#_differs', 'llava_nb/zero.py'),
+                               'llava_nb.zero._from_settings': ('zero.html#_from_settings', 'llava_nb/zero.py'),
                                'llava_nb.zero._known_keys': ('zero.html#_known_keys', 'llava_nb/zero.py'),
                                'llava_nb.zero.bytes_per_rank': ('zero.html#bytes_per_rank', 'llava_nb/zero.py'),
                                'llava_nb.zero.check_deepspeed_config': ('zero.html#check_deepspeed_config', 'llava_nb/zero.py'),

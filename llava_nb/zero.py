@@ -36,6 +36,10 @@ def bytes_per_rank(
     return {"weights": 2 * (trained + frozen) / share(3), "gradients": 2 * trained / share(2), "optimizer": 12 * trained / share(1)}
 
 # %% ../nbs/31_zero.ipynb #686820a9
+def _from_settings() -> dict: # DeepSpeed takes 1, or off, for what is missing
+    sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    return dict.fromkeys(sizes, "auto") | {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+
 def deepspeed_config(
     stage: int, # ZeRO stage: 0, 1, 2 or 3
     max_grad_norm: float = 0.0, # 0: no clipping, the published recipe
@@ -50,9 +54,8 @@ def deepspeed_config(
                  "stage3_max_reuse_distance": 1_000_000_000, "stage3_gather_16bit_weights_on_model_save": True}
     if offload:
         zero |= {k: {"device": "cpu", "pin_memory": torch.cuda.is_available()} for k in ("offload_optimizer", "offload_param")[:1 + (stage == 3)]}
-    return {
-        "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}, "zero_optimization": zero, "gradient_clipping": max_grad_norm,
-        "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+    return _from_settings() | {
+        "zero_optimization": zero, "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9,
     }
 
@@ -72,7 +75,7 @@ def read_deepspeed_config(
     path: str | Path, # a DeepSpeed JSON
     max_grad_norm: float = 0.0, # written where the file does not set clipping, or says "auto"
 ) -> dict:
-    "Read a DeepSpeed JSON and make its clipping explicit; refuse one that replaces optimizer or schedule."
+    "Read a DeepSpeed JSON and make explicit what it leaves to the settings; refuse one that replaces optimizer or schedule."
     try: config = json.loads(Path(path).read_text())
     except json.JSONDecodeError as e: raise ValueError(f"{path}: not JSON ({e})") from None
     if not isinstance(config, dict): raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, this is {shown(config)}")
@@ -83,7 +86,7 @@ def read_deepspeed_config(
     if config.get("zero_optimization", {}).get("stage") == 3: config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True      # else checkpoints are pickles of parts
     if config.get("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = max_grad_norm
-    return config
+    return _from_settings() | config
 
 # %% ../nbs/31_zero.ipynb #9e4d7a10
 TAKEN = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "fp16", "zero_optimization",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import config, make_world, run, verdicts
+from runs import config, make_world, run, verdicts, weights
 from transformers import AutoProcessor, CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
 from llava_nb import train
@@ -71,3 +71,13 @@ def test_a_tower_without_class_token_keeps_every_feature(world, capsys):
     assert found["vision_feature_select_strategy"] == "full" and found["image_seq_length"] == 4
     model, processor = LlavaForConditionalGeneration.from_pretrained(world / "siglip"), AutoProcessor.from_pretrained(world / "siglip")
     with torch.no_grad(): model(**processor(text="<image>\nWhat?", images=Image.open(world / "1.png"), return_tensors="pt"))
+
+
+def test_the_best_checkpoint_is_the_result(world):
+    """A rate that ruins the model: the evaluation is best where it was first, and its weights are in the result."""
+    file, flags = asked(world, "the best checkpoint")
+    assert train.main([str(file), "--output_dir", str(world / "best"), "--learning_rate", "3", "--projector_lr", "3", "--max_steps", "3", "--save_total_limit", "9", *flags]) == 0
+    state = json.loads((world / "best" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"].endswith("checkpoint-1")
+    result, best, last = (weights(world / "best" / below) for below in ("", "checkpoint-1", "checkpoint-3"))
+    assert all(torch.equal(result[k], best[k]) for k in result) and not all(torch.equal(result[k], last[k]) for k in result)
