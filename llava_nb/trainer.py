@@ -327,13 +327,6 @@ def weight_bytes(
     whole = any("language_model" in name for name, p in model.named_parameters() if p.requires_grad)       # stage 1 saves the projector alone
     return sum(_numel(p) * p.element_size() for p in model.parameters() if whole or p.requires_grad)
 
-def weight_bytes(
-    model: torch.nn.Module, # partitioned or not
-) -> int:
-    "What the weights that are saved take."
-    whole = any("language_model" in name for name, p in model.named_parameters() if p.requires_grad)       # stage 1 saves the projector alone
-    return sum(_numel(p) * p.element_size() for p in model.parameters() if whole or p.requires_grad)
-
 def checkpoint_bytes(
     model: torch.nn.Module, # partitioned or not
 ) -> int:
@@ -594,9 +587,10 @@ class LlavaTrainer(EvaluatedTrainer):
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         "This rank's part of the step's weighted loss, scaled for the engines' mean over ranks."
-        alone = model.training and self.plan_sampler.plan.mode == "modality" and not len(inputs["picture_of"])      # then no rank has a picture
+        learning = self.model.training      # an engine's eval() reaches its module alone
+        alone = learning and self.plan_sampler.plan.mode == "modality" and not len(inputs["picture_of"])      # then no rank has a picture
         loss = row_loss(model, inputs | {"tower": not alone}, self.settings["text_vocab_size"], self.model.config.image_token_id)
-        if model.training:
+        if learning:
             step = self.state.global_step
             self.row_losses = step, [*(self.row_losses[1] if self.row_losses[0] == step else []), loss.detach()]
             loss = loss * self.args.world_size

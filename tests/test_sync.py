@@ -175,6 +175,29 @@ def test_functions_are_short():
     assert sum(n <= 30 for n in lengths.values()) >= 0.9 * len(lengths), sorted(lengths, key=lengths.get)[-10:]
 
 
+def defined(body: list[ast.stmt]) -> list[str]:
+    """Functions and classes that stand here, a property's setter left out: it bears its name on purpose."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [node.name for node in body if isinstance(node, kinds) and not any(isinstance(d, ast.Attribute) for d in node.decorator_list)]
+
+
+@by_module
+def test_no_name_is_defined_twice(path):
+    """The later of two would win, and a merge leaves two in silence."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.ClassDef))]:
+        names = defined(node.body)
+        assert not (twice := sorted({name for name in names if names.count(name) > 1})), f"{path.name} defines {twice} twice"
+
+
+@by_notebook
+def test_notebook_holds_no_rest_of_a_merge(path):
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"<{7}|>{7}", text), "a conflict was left unresolved"
+    names = [cell["id"] for cell in json.loads(text)["cells"]]
+    assert len(names) == len(set(names)), f"cells {sorted({n for n in names if names.count(n) > 1})} are there twice"
+
+
 # What a notebook looks like
 
 
