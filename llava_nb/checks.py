@@ -107,7 +107,7 @@ def check_parts(c: Checked) -> None:
         with c.found.noted():
             if name := getattr(m, setting): _check_part(setting, name)
     if len(c.found.found) > before: return
-    with trust.explained(m.model or f"{m.language_model}, {m.vision_tower}", "a model"): c.shape = dry_model(m)
+    with trust.explained(m.model or f"{m.language_model}, {m.vision_tower}", "a model", (vision.WrongSetting,)): c.shape = dry_model(m)
     llava.freeze(c.shape, c.run.stage)
     if c.run.data.feature_cache and not isinstance(c.shape.config.vision_feature_layer, int):
         raise ValueError(f"feature_cache keeps one hidden state of a picture, and {m.model} uses the layers {c.shape.config.vision_feature_layer}; leave it out")
@@ -221,12 +221,17 @@ class _Unseen(records.Folder):
     "A picture folder that is not here, of which a dry run says nothing."
     def problems(self, images): return {}
 
+def _of_its_size(side: int) -> transformers.CLIPImageProcessorPil:
+    "Decodes and cuts pictures as a tower does that is not on this machine; the values are not its own."
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
 def _data_set(c: Checked, path: str) -> records.LlavaDataset:
     file, source = places(c.run, path)
     d, cache = c.run.data, c.run.data.records_cache
     if c.findings is not None: c.findings.add(records.with_pictures(records.Records.from_files(file, c.gate, cache), source), source, c.run.run.deep)
     if _lost(c, "image_folder"): source = _Unseen(d.image_folder)
-    transform = imageproc.ImageTransform(c.processor, d.image_aspect_ratio, d.apply_exif, d.reduced_jpeg) if c.processor else None      # a dry run may lack the tower
+    processor = c.processor or _of_its_size(vision.image_size(c.shape.config.vision_config))      # a dry run may lack the tower
+    transform = imageproc.ImageTransform(processor, d.image_aspect_ratio, d.apply_exif, d.reduced_jpeg)
     return records.LlavaDataset(file, c.gate.template, c.gate.encoder, transform, source, d.bad_records, cache, d.repair, d.max_bad, d.findings)
 
 def _lost(c: Checked, setting: str) -> bool:

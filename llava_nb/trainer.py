@@ -45,7 +45,8 @@ from .storage import (FolderLost, Hold, NoCheckpoint, StorageFailed, amount, che
 from .terminal import one_line, printable, say
 from .vision import image_size, unpartitioned
 from .watch import TrainingWatchdog, installed
-from .zero import deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed, read_deepspeed_config, together, world_size
+from .zero import (accumulate_in_float32, deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed,
+                           read_deepspeed_config, together, world_size)
 
 # %% ../nbs/33_trainer.ipynb #ca08b111
 @dataclass
@@ -542,6 +543,7 @@ class LlavaTrainer(EvaluatedTrainer):
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
         self.recipe = made_with(args, train_dataset)
         self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None
+        if args.deepspeed: accumulate_in_float32(args.hf_deepspeed_config.config, args.gradient_accumulation_steps, args.bf16 or args.fp16)
         self.watch = watch or TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size)
         self.guard, self.row_losses = Guard(), (0, [])
         self.keep, args.save_total_limit = args.save_total_limit, None       # the Trainer would remove the last sound one before the next is sealed

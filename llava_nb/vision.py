@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WITH_TOWER', 'OTHER_PIXELS', 'register_towers', 'vision_config', 'load_vision_config', 'unpartitioned', 'image_size',
-           'Key', 'hidden_states', 'strategy_for', 'feature_count', 'image_processor_for', 'check_pixels',
-           'exported_processor']
+           'Key', 'hidden_states', 'WrongSetting', 'strategy_for', 'feature_count', 'image_processor_for',
+           'check_pixels', 'exported_processor']
 
 # %% ../nbs/20_vision.ipynb #01e74e89
 import contextlib
@@ -102,10 +102,13 @@ def hidden_states(
         said = printable(" ".join(str(e).split()), 200)
         raise ValueError(f"{name} is no vision tower for LLaVA: shown a picture of {side} x {side} it fails ({type(e).__name__}: {said})") from None
 
+class WrongSetting(ValueError):
+    "A setting that this tower cannot have."
+
 def _features(config: PreTrainedConfig, layer: int) -> tuple[int, int]: # of a picture in a hidden state; and those that stand for no patch
     states, name = hidden_states(config), shown(config.model_type)
     if not -len(states) <= layer < len(states):
-        raise ValueError(f"vision_feature_layer {layer}: {name} has hidden states {-len(states)} to {len(states) - 1}")
+        raise WrongSetting(f"vision_feature_layer {layer}: {name} has hidden states {-len(states)} to {len(states) - 1}; choose one of these")
     shape = states[layer]
     width = getattr(config, "hidden_size", None)
     if len(shape) != 3 or shape[2] != width:
@@ -121,13 +124,13 @@ def strategy_for(
 ) -> str: # "default" or "full"
     "How features are selected: without the class token where the tower has one."
     if given not in (None, "default", "full"):
-        raise ValueError(f"vision_feature_select_strategy {shown(given)} is unknown; use 'default' (drop the class token) or 'full'")
+        raise WrongSetting(f"vision_feature_select_strategy {shown(given)} is unknown; use 'default' (drop the class token) or 'full'")
     (count, extra), name = _features(config, feature_layer), shown(config.model_type)
     if extra not in (0, 1):
         raise ValueError(f"vision tower {name} gives {count} features, {abs(extra)} {'more' if extra > 0 else 'fewer'} than the square of its patches; "
                          "LLaVA can drop one, the class token, and no register tokens; use another tower")
     if given == "default" and not extra:
-        raise ValueError(f"vision_feature_select_strategy 'default' drops the first feature, and {name} has no class token: "
+        raise WrongSetting(f"vision_feature_select_strategy 'default' drops the first feature, and {name} has no class token: "
                          "that would be a patch of the picture; leave the setting out, or say 'full'")
     return given or ("default" if extra else "full")
 

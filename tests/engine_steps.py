@@ -22,8 +22,10 @@ CASES = {
     "ZeRO-2 float32": (2, "float32", {}),
     "ZeRO-2 bf16": (2, "bfloat16", {}),
     "ZeRO-2 bf16, told not to look": (2, "bfloat16", {"bf16": {"enabled": True, "check_grad_overflow": False}}),
+    "ZeRO-2 bf16, added up in float32": (2, "bfloat16", {"data_types": {"grad_accum_dtype": "fp32"}}),
     "ZeRO-3 float32": (3, "float32", {}),
     "ZeRO-3 bf16": (3, "bfloat16", {}),
+    "ZeRO-3 bf16, added up in float32": (3, "bfloat16", {"data_types": {"grad_accum_dtype": "fp32"}}),
 }
 
 

@@ -153,7 +153,7 @@ def test_every_engine_refuses_every_wrong_number_before_a_weight_changes():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(steps) == 7 and all(
+    assert len(steps) == 9 and all(
         s["refused"] == ["nan", "inf", "-inf"] and s["more"] < s["gradients"] / 100 for s in steps
     ), steps
 

@@ -49,7 +49,7 @@ def steps():
 
 
 def test_every_engine_refuses_every_wrong_number_before_a_weight_changes(steps):
-    assert len(steps) == 7 and all(s["refused"] == [str(w) for w in WRONG] for s in steps), steps
+    assert len(steps) == 9 and all(s["refused"] == [str(w) for w in WRONG] for s in steps), steps
 
 
 def test_the_look_makes_nothing_of_the_gradients_size(steps):

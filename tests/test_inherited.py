@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from llava_nb import config, train, trainer
+from llava_nb import checks, config, train, trainer
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.inherited import ACTS, AS_IT_IS, REFUSED, refused
@@ -85,7 +85,7 @@ ACT = {     # how each shows
     "full_determinism": lambda made, ran, tmp: (lost(ran(full_determinism=True)), torch.are_deterministic_algorithms_enabled())[1],
     "use_cpu": lambda made, ran, tmp: made(use_cpu=True).args.device.type == "cpu",
     "bf16": lambda made, ran, tmp: lost(ran(bf16=True)) != lost(ran()),
-    "fp16": lambda made, ran, tmp: train.precision(LlavaTrainingArguments(output_dir=str(tmp), fp16=True, report_to="none"))[1] is torch.float16,
+    "fp16": lambda made, ran, tmp: checks.precision(LlavaTrainingArguments(output_dir=str(tmp), fp16=True, report_to="none"))[1] is torch.float16,
     "num_train_epochs": lambda made, ran, tmp: ran(max_steps=-1, num_train_epochs=2).state.global_step == 2 * made().plan_sampler.plan.steps,
     "max_steps": lambda made, ran, tmp: len(lost(ran(max_steps=3))) == 3,
     "per_device_train_batch_size": lambda made, ran, tmp: len(made(per_device_train_batch_size=2).plan_sampler.plan.global_batch(0)) == 2,

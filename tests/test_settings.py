@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from llava_nb import config, train
+from llava_nb import train
 from llava_nb.masking import tiny_tokenizer
 
 PARTS = {"language_model": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "projector": "random"}
@@ -22,7 +22,7 @@ WRONG = {
     "takes one value": {"learning_rate": [1e-5, 2e-5]}, "not its content": {"deepspeed": {"zero_optimization": {"stage": 2}}}, "needs `zero`": {"offload": True},
     "per_device_train_batch_size 0": {"per_device_train_batch_size": 0}, "gradient_accumulation_steps 0": {"gradient_accumulation_steps": 0}, "threads 0": {"threads": 0},
     "max_tokens 0": {"max_tokens": 0}, "hang_timeout -1": {"hang_timeout": -1}, "is a file; name a folder": {"output_dir": __file__},
-    "no room for text": {"model_max_length": 576}, "no such hidden state": {"vision_feature_layer": 99}, "samplers of its own": {"group_by_length": True},
+    "no room for text": {"model_max_length": 576}, "llava_nb: vision_feature_layer 99: 'clip_vision_model' has hidden states -25 to 24; choose": {"vision_feature_layer": 99}, "samplers of its own": {"group_by_length": True},
 }
 
 
@@ -40,11 +40,12 @@ def test_zero_and_a_deepspeed_file_exclude_each_other_and_offload_is_named(tmp_p
         assert train.main([written(tmp_path, PARTS | more | {"deepspeed": str(tmp_path / name)}), "--dry_run"]) == 2 and message in capsys.readouterr().err
 
 
-def test_a_projector_that_cannot_be_read_is_found_before_anything_is_built(tmp_path):
+def test_a_projector_that_cannot_be_read_is_found_in_a_dry_run(tmp_path, capsys):
     (tmp_path / "mm_projector.bin").write_bytes(b"x")
-    for projector, message in ((tmp_path / "mm_projector.bin", "not safetensors"), (tmp_path, "holds no projector")):
-        model = config.ModelConfig(**PARTS | {"projector": str(projector)})
-        with pytest.raises((ValueError, OSError), match=message): config.check(model, config.DataConfig(data_path=__file__), 2)
+    for projector, message in ((tmp_path / "mm_projector.bin", "not safetensors"), (tmp_path, "no projector.safetensors")):
+        assert train.main([written(tmp_path, PARTS | {"projector": str(projector)}), "--dry_run"]) == 2
+        err = capsys.readouterr().err
+        assert message in err and str(projector) in err and err.count("\n") == 1
 
 
 def test_a_command_in_the_reference_s_names_gets_the_reference_s_defaults(tmp_path):
@@ -67,6 +68,7 @@ def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, mon
     argv = [written(tmp_path, PARTS | {"data_path": str(tmp_path / "r.json"), "image_folder": str(tmp_path), "per_device_train_batch_size": 8, "num_train_epochs": 1}), "--dry_run"]
     load = train.trust.load
     monkeypatch.setattr(train.trust, "load", lambda kind, *a, **k: tokenizer if kind.__name__ == "AutoTokenizer" else load(kind, *a, **k))
+    monkeypatch.setattr(train.trainer, "check_room", lambda *a: None)      # the disk of this machine is not the point
     assert train.main(argv) == 0
     out = capsys.readouterr().out
     encoder, template = train.masking.Encoder(tokenizer, len(tokenizer), 576, 2048), train.conversation.get_template("v1")

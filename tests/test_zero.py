@@ -7,7 +7,7 @@ import torch
 from llava_nb.checks import dry_model
 from llava_nb.config import ModelConfig
 from llava_nb.trainer import LlavaTrainingArguments
-from llava_nb.zero import bytes_per_rank, deepspeed_config, fetch_whole_layers, read_deepspeed_config
+from llava_nb.zero import accumulate_in_float32, bytes_per_rank, deepspeed_config, fetch_whole_layers, read_deepspeed_config
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -35,6 +35,23 @@ def test_clipping_is_explicit_and_none_by_default(tmp_path):
     assert read_deepspeed_config(tmp_path / "zero.json")["gradient_clipping"] == 0.0
     (tmp_path / "zero.json").write_text(json.dumps({"gradient_clipping": 0.3}))
     assert read_deepspeed_config(tmp_path / "zero.json", 1.0)["gradient_clipping"] == 0.3
+
+
+@pytest.mark.parametrize("stage, micro_steps, half, expected", [
+    (2, 4, True, "fp32"), (3, 2, True, "fp32"), (2, 1, True, None), (3, 4, False, None), (1, 4, True, None), (0, 4, True, None),
+])
+def test_gradients_of_several_rows_add_up_in_float32_where_the_engine_can(stage, micro_steps, half, expected):
+    config = deepspeed_config(stage)
+    accumulate_in_float32(config, micro_steps, half)
+    assert config.get("data_types", {}).get("grad_accum_dtype") == expected
+
+
+def test_a_json_decides_by_itself_how_gradients_add_up():
+    own, none = {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}, {"bf16": {"enabled": True}}
+    for config in (own, none):
+        before = json.dumps(config)
+        accumulate_in_float32(config, 8, True)
+        assert json.dumps(config) == before
 
 
 @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
