@@ -758,6 +758,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llava_nb.shards._reopen': ('shards.html#_reopen', 'llava_nb/shards.py'),
                                  'llava_nb.shards._scan': ('shards.html#_scan', 'llava_nb/shards.py'),
                                  'llava_nb.shards._shards': ('shards.html#_shards', 'llava_nb/shards.py'),
+                                 'llava_nb.shards._whole': ('shards.html#_whole', 'llava_nb/shards.py'),
                                  'llava_nb.shards._write_index': ('shards.html#_write_index', 'llava_nb/shards.py'),
                                  'llava_nb.shards.index': ('shards.html#index', 'llava_nb/shards.py'),
                                  'llava_nb.shards.is_shards': ('shards.html#is_shards', 'llava_nb/shards.py'),

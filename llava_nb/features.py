@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from .imageproc import ImageTransform
 from .meter import ModelShape, Work
-from .records import LlavaDataset
+from .records import LlavaDataset, make_durable
+from .terminal import say
 
 # %% ../nbs/35_features.ipynb #45700e9b
 def row_bytes(
@@ -118,18 +119,25 @@ def cached_features(
     pictures = {dataset.records.image(int(i)): (number, int(i)) for number, i in zip(numbers.tolist(), first) if number >= 0}
     blank = extractor(torch.zeros(1, *dataset.image_transform.shape))[0]
     with FileLock(f"{folder}.lock"):
-        index = _known(folder)
+        size = row_bytes(blank.shape, blank.dtype)
+        index = _known(folder, size)
         of = _matching(index, dataset, pictures)
         missing = [i for name, (_, i) in pictures.items() if name not in of]
-        of |= _fill(folder, index, dataset, missing, extractor, row_bytes(blank.shape, blank.dtype), workers)
+        of |= _fill(folder, index, dataset, missing, extractor, size, workers)
     rows = np.full(int(numbers.max()) + 1, -1)
     for name, (number, _) in pictures.items(): rows[number] = of[name]
     return Features(folder, tuple(blank.shape), blank.dtype, rows)
 
 # %% ../nbs/35_features.ipynb #e80607f0
-def _known(folder: Path) -> list[tuple[bytes, str, str]]: # (name, stamp, hash) of each row
-    path = folder / "index.arrow"
-    return list(zip(*pa.ipc.open_file(path).read_all().to_pydict().values())) if path.is_file() else []
+def _known(folder: Path, size: int) -> list[tuple[bytes, str, str]]: # (name, stamp, hash) of each row of `size` bytes
+    "The rows that are there; none where the index cannot be read, or names more than there is."
+    try:
+        index = list(zip(*pa.ipc.open_file(folder / "index.arrow").read_all().to_pydict().values()))
+        if (folder / "features.bin").stat().st_size >= len(index) * size: return index
+    except FileNotFoundError: return []
+    except (OSError, ValueError, pa.ArrowException): pass
+    say(f"{folder}: the cached features are damaged; they are computed again", error=True)
+    return []
 
 def _matching(index: list, dataset: LlavaDataset, pictures) -> dict[str, int]: # the row of each picture that is as it was
     "By name and stamp; where the stamp has changed, by content."
@@ -163,4 +171,5 @@ def _fill(folder: Path, index: list, dataset: LlavaDataset, missing: list[int], 
 def _make_durable(folder: Path, out, index: list) -> None:
     out.flush(); os.fsync(out.fileno())
     with pa.OSFile(str(folder / "index.new"), "wb") as f, pa.ipc.new_file(f, INDEX) as table: table.write_table(pa.table(list(map(list, zip(*index))), schema=INDEX))
+    make_durable(folder / "index.new")
     os.replace(folder / "index.new", folder / "index.arrow")

@@ -23,7 +23,7 @@ import pyarrow.compute
 from filelock import FileLock
 
 from .conversation import BadRecord
-from .records import cache_folder
+from .records import cache_folder, checksum, make_durable
 from .terminal import printable, shown
 
 # %% ../nbs/18_shards.ipynb #f28cd2a1
@@ -113,8 +113,15 @@ def index(
     folder = cache / f"shards-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / "shards.json").is_file(): _write_index(files, found, folder)
+        if not _whole(folder): _write_index(files, found, folder)
     return folder
+
+def _whole(folder: Path) -> bool:
+    "Whether an index is what was written down of it."
+    try:
+        sums = json.loads((folder / "shards.json").read_text())["sums"]
+        return all(sums[name] == checksum(folder / name) for name in ("index.arrow", "records.jsonl"))
+    except (OSError, ValueError, LookupError, TypeError): return False
 
 def _write_index(files: fsspec.AbstractFileSystem, found: list[str], folder: Path) -> None:
     rows = []
@@ -123,8 +130,12 @@ def _write_index(files: fsspec.AbstractFileSystem, found: list[str], folder: Pat
             rows += [(_hash(name), number, offset, size, name) for name, offset, size in members]
             out.writelines(json.dumps(r) + "\n" for r in records)
     table = pa.table(list(map(list, zip(*rows))) or [[]] * len(INDEX), schema=INDEX).sort_by("hash").combine_chunks()
-    with pa.ipc.new_file(str(folder / "index.arrow"), INDEX) as f: f.write_table(table)
-    (folder / "shards.json").write_text(json.dumps(found))      # last: without it the rest is not whole
+    with pa.ipc.new_file(str(folder / "index.new"), INDEX) as f: f.write_table(table)
+    os.replace(folder / "index.new", folder / "index.arrow")         # another process may have mapped the old one
+    made = [folder / "index.arrow", folder / "records.jsonl"]
+    make_durable(*made, folder)
+    sums = {path.name: checksum(path) for path in made}
+    (folder / "shards.json").write_text(json.dumps({"shards": found, "sums": sums}))      # last: without it the rest is not whole
 
 # %% ../nbs/18_shards.ipynb #2a3868a8
 class Shards:
@@ -138,7 +149,7 @@ class Shards:
         self._open()
 
     def _open(self) -> None:
-        self.shards = json.loads((self.folder / "shards.json").read_text())
+        self.shards = json.loads((self.folder / "shards.json").read_text())["shards"]
         self.table = pa.ipc.open_file(pa.memory_map(str(self.folder / "index.arrow"))).read_all()
         self.hashes = self.table["hash"].to_numpy()      # mapped, not read
 

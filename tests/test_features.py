@@ -77,6 +77,19 @@ def test_a_fill_that_was_stopped_goes_on_and_a_torn_row_is_not_believed(dataset,
     assert len(calls) == 5 + 2 and all(torch.equal(again[k], whole[k]) for k in range(6))
 
 
+@pytest.mark.parametrize("name", ["index.arrow", "features.bin"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "another shape", "gone"])
+def test_a_damaged_cache_is_computed_again(dataset, tmp_path, name, harm):
+    "A file that is shorter than its index would otherwise have been filled up with zeros."
+    whole = cached_features(dataset, extractor(), tmp_path / "cache")
+    rows = [whole[k].clone() for k in range(6)]
+    file = whole.folder / name
+    if harm == "gone": file.unlink()
+    else: file.write_bytes({"cut": file.read_bytes()[:-200], "empty": b"", "another shape": b"[]"}[harm])
+    again = cached_features(dataset, extractor(), tmp_path / "cache")
+    assert all(torch.equal(again[k], rows[k]) for k in range(6))
+
+
 def test_another_tower_layer_processor_or_padding_has_a_cache_of_its_own(dataset, tmp_path):
     folder = lambda e=extractor(): cached_features(dataset, e, tmp_path / "cache").folder      # noqa: E731
     found = {folder(), folder(extractor(seed=1)), folder(extractor(layer=-1))}

@@ -57,6 +57,19 @@ def test_an_index_is_made_once_and_again_when_a_shard_changes(tmp_path):
     assert changed.folder != first.folder and changed.read("a.png") == b"333" and changed.stamp("a.png") != first.stamp("a.png")
 
 
+@pytest.mark.parametrize("name", ["index.arrow", "records.jsonl", "shards.json"])
+@pytest.mark.parametrize("harm", ["cut", "zeros", "gone", "another shape"])
+def test_a_damaged_index_is_made_again(tmp_path, name, harm):
+    "As a power cut leaves it, whatever its mark says."
+    write_shards([("a.png", b"1"), ("a.json", b'{"id": "a"}'), ("b.png", b"22")], tmp_path / "s")
+    file = Shards(tmp_path / "s").folder / name
+    whole = file.read_bytes()
+    if harm == "gone": file.unlink()
+    else: file.write_bytes({"cut": whole[:len(whole) // 2], "zeros": bytes(len(whole)), "another shape": b"[]"}[harm])
+    again = Shards(tmp_path / "s")
+    assert again.read("b.png") == b"22" and again.read("a.png") == b"1" and (again.folder / "records.jsonl").read_text().count("\n") == 1
+
+
 def test_names_that_several_shards_use_are_told_apart_by_the_shard(tmp_path):
     write_shards([("x/0.png", b"one"), ("x/0.png", b"two")], tmp_path, each=1)
     found = Shards(tmp_path)
