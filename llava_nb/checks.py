@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'CHECKS', 'Checked', 'architecture', 'dry_model', 'check_parts', 'check_projector', 'is_llava', 'gate_of',
-           'told_day', 'check_length', 'check_text', 'check_processor', 'places', 'check_records', 'check_pictures',
-           'open_pictures', 'output_dir', 'check_output', 'hold', 'check_resume', 'precision', 'check_kernels',
-           'check_optimizer', 'learning_rates', 'check_plan', 'go', 'tell']
+           'told_day', 'check_length', 'check_text', 'check_processor', 'record_files', 'places', 'check_records',
+           'check_pictures', 'open_pictures', 'output_dir', 'check_output', 'hold', 'check_resume', 'precision',
+           'check_kernels', 'check_optimizer', 'learning_rates', 'check_plan', 'go', 'tell']
 
 # %% ../nbs/37_checks.ipynb #1d21b265
 import argparse
@@ -206,16 +206,26 @@ def check_processor(c: Checked) -> None:
     if c.shape is not None: c.processor = _read_part(c, m.model or m.vision_tower, "image processor", lambda local: vision.image_processor_for(m.model or m.vision_tower, local))
 
 # %% ../nbs/37_checks.ipynb #bd1ec63f
+def record_files(
+    run: config.Run,
+    paths: list[str], # `data_path` or `eval_data_path`
+) -> tuple[Path | tuple[str, ...], shards.Shards | None]: # for `records.data_files`; the shards that hold them
+    "Which files hold the records: those that are named, or one made of tar shards."
+    tar = [path for path in paths if shards.is_shards(path)]
+    if not tar: return tuple(paths), None
+    if paths[1:]: raise ValueError(f"data_path: {', '.join(tar)}: tar shards bring records and images of their own, and are not read together with other paths; name them alone, or give their records as a file and the shards as image_folder")
+    inside = shards.Shards(tar[0], run.data.records_cache)
+    if not inside.records: raise ValueError(f"data_path: {tar[0]}: these shards hold no record (a .json beside its picture); name the file of records, and the shards as image_folder")
+    return inside.records, inside
+
 def places(
     run: config.Run,
-    path: str, # `data_path` or `eval_data_path`
-) -> tuple[str | Path, records.Folder | shards.Shards | None]: # the records' files; where their pictures come from
+    paths: list[str], # see `record_files`
+) -> tuple[Path | tuple[str, ...], records.Folder | shards.Shards | None]: # the records' files; where their pictures come from
     "What a data path and the image folder name: files, or shards."
     folder, cache = run.data.image_folder, run.data.records_cache
-    inside = shards.Shards(path, cache) if shards.is_shards(path) else None
-    if inside and not inside.records: raise ValueError(f"data_path: {path}: these shards hold no record (a .json beside its picture); name the file of records, and the shards as image_folder")
-    source = inside if not folder else shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
-    return inside.records if inside else path, source
+    files, inside = record_files(run, paths)
+    return files, inside if not folder else shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
 
 class _Unseen(records.Folder):
     "A picture folder that is not here, of which a dry run says nothing."
@@ -225,14 +235,14 @@ def _of_its_size(side: int) -> transformers.CLIPImageProcessorPil:
     "Decodes and cuts pictures as a tower does that is not on this machine; the values are not its own."
     return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
-def _data_set(c: Checked, path: str) -> records.LlavaDataset:
-    file, source = places(c.run, path)
+def _data_set(c: Checked, paths: list[str]) -> records.LlavaDataset:
+    found, source = places(c.run, paths)
     d, cache = c.run.data, c.run.data.records_cache
-    if c.findings is not None: c.findings.add(records.with_pictures(records.Records.from_files(file, c.gate, cache), source), source, c.run.run.deep)
+    if c.findings is not None: c.findings.add(records.with_pictures(records.Records.from_files(found, c.gate, cache), source), source, c.run.run.deep)
     if _lost(c, "image_folder"): source = _Unseen(d.image_folder)
     processor = c.processor or _of_its_size(vision.image_size(c.shape.config.vision_config))      # a dry run may lack the tower
     transform = imageproc.ImageTransform(processor, d.image_aspect_ratio, d.apply_exif, d.reduced_jpeg)
-    return records.LlavaDataset(file, c.gate.template, c.gate.encoder, transform, source, d.bad_records, cache, d.repair, d.max_bad, d.findings)
+    return records.LlavaDataset(found, c.gate.template, c.gate.encoder, transform, source, d.bad_records, cache, d.repair, d.max_bad, d.findings)
 
 def _lost(c: Checked, setting: str) -> bool:
     "Whether a dry run does without what this setting names."
@@ -245,9 +255,9 @@ def _unread(c: Checked) -> bool:
 def check_records(c: Checked) -> None:
     "Every record can be learned from, or may be left out."
     for setting in ("data_path", "eval_data_path"):
-        path = getattr(c.run.data, setting)
-        if not path or c.gate is None or _unread(c) or _lost(c, setting): continue
-        with c.found.noted(): c.sets[setting] = _data_set(c, path)
+        paths = getattr(c.run.data, setting)
+        if not paths or c.gate is None or _unread(c) or _lost(c, setting): continue
+        with c.found.noted(): c.sets[setting] = _data_set(c, paths)
 
 # %% ../nbs/37_checks.ipynb #1df197d1
 def check_pictures(c: Checked) -> None:

@@ -144,6 +144,7 @@ def summary(
     "Findings by kind, the most frequent first."
     kinds = by_kind(found.problems)
     lines = [f"{found.total:,} records: {found.good:,} can be trained on, {len(found.problems):,} findings of {len(kinds):,} kinds"]
+    if len(found.sources) > 1: lines.append("good, by source: " + ", ".join(f"{name} {c['good']:,} of {sum(c.values()):,}" for name, c in sorted(found.sources.items(), key=lambda item: -sum(item[1].values()))[:8]) + (", ..." if len(found.sources) > 8 else ""))
     for kind, problems in kinds.items():
         lines.append(f"{kind}: {len(problems):,} ({', '.join(f'{name} {n:,}' for name, n in Counter(p.source for p in problems).most_common(8))})")
         lines += [f"  {p}" for p in problems[:most]] + [f"  and {len(problems) - most:,} more"] * (len(problems) > most)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'LONGEST', 'DEPTH', 'PICTURE_KINDS', 'NOTES', 'REPAIRED', 'PROBLEM', 'SCHEMA', 'BLOCK', 'SMALL', 'MISSING',
-           'MADE', 'PAUSES', 'SHOWN', 'data_files', 'read_records', 'raw_rows', 'parsed', 'Problem', 'record_source',
-           'record_id', 'encode', 'learned', 'signed_words', 'noted', 'Gate', 'check_picture', 'Folder',
-           'picture_problems', 'Records', 'with_pictures', 'with_findings', 'cache_folder', 'damage', 'checksum',
-           'make_durable', 'convert', 'read_again', 'stopping', 'BadRecords', 'TooManyBad', 'check_budget',
+           'MADE', 'PAUSES', 'SHOWN', 'data_files', 'file_names', 'read_records', 'raw_rows', 'parsed', 'Problem',
+           'record_source', 'record_id', 'encode', 'learned', 'signed_words', 'noted', 'Gate', 'check_picture',
+           'Folder', 'picture_problems', 'Records', 'with_pictures', 'with_findings', 'cache_folder', 'damage',
+           'checksum', 'make_durable', 'convert', 'read_again', 'stopping', 'BadRecords', 'TooManyBad', 'check_budget',
            'LlavaDataset', 'report', 'estimate_lengths']
 
 # %% ../nbs/13_records.ipynb #616b5f09
@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -53,19 +53,40 @@ from .terminal import Lines, one_line, printable, say, shown
 SUFFIXES, LONGEST = (".json", ".jsonl", ".parquet"), 1 << 24      # of data files in a folder; characters of one record
 
 def data_files(
-    path: str | Path, # a file, or a folder of files
+    path: str | Path | Sequence[str | Path], # a file, a folder of files, or several of both
 ) -> list[Path]:
     "The files of a data set, in order."
-    path = Path(path)
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-        if not found: raise FileNotFoundError(f"{path}: this folder holds no {', '.join(SUFFIXES)} file of records")
-        return found
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file of records")
-    return [path]
+    given = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+    if gone := [str(p) for p in given if not (p.is_dir() or p.is_file())]:
+        raise FileNotFoundError(f"{', '.join(gone)}: no such file of records")
+    found = [_files_in(p) if p.is_dir() else [p] for p in given]
+    _refuse_twice(found)
+    return list(itertools.chain(*found))
+
+def _files_in(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    if not found: raise FileNotFoundError(f"{folder}: this folder holds no {', '.join(SUFFIXES)} file of records")
+    return found
+
+def _refuse_twice(found: list[list[Path]]) -> None:
+    "A file counts once, under whatever names and in whatever folders it is given."
+    seen, twice = {}, []
+    for files in found:
+        real = {file.resolve(): file for file in files}
+        twice += [f"{file}" + (f" (the same as {seen[there]})" if file != seen[there] else "") for there, file in real.items() if there in seen]
+        seen = real | seen
+    if twice: raise ValueError(f"{', '.join(twice)}: given twice; name each file of records once")
+
+def file_names(
+    files: Sequence[Path],
+) -> list[str]: # all different
+    "What tells files from each other: the stem, or as much of the path as that takes."
+    kinds = (lambda f: f.stem, lambda f: f.name, lambda f: f"{f.parent.name}/{f.stem}", lambda f: f"{f.parent.name}/{f.name}", str)
+    tried = ([kind(file.absolute()) for file in files] for kind in kinds)
+    return next((names for names in tried if len(set(names)) == len(names)), [str(f) for f in files])
 
 def read_records(
-    path: str | Path, # JSON list, JSONL, Parquet, or a folder of them
+    path: str | Path | Sequence[str | Path], # see `data_files`
 ) -> Iterator[dict]:
     "Records one after another, or what the file is instead."
     return (parsed(row)[0] for file in data_files(path) for row in _rows(file))
@@ -115,6 +136,7 @@ def _rows(path: Path) -> Iterator[str]:
     if start[:4] == b"PAR1": yield from _parquet_rows(path); return
     if not start: raise ValueError(f"{path}: is empty")
     if not start.strip(b"\0"): raise ValueError(f"{path}: begins with {len(start):,} zero bytes, as a copy that was broken off or a disk that was full leaves them; fetch the file again")
+    if start[257:262] == b"ustar": raise ValueError(f"{path}: this is a tar archive; name the folder of shards that it lies in, alone, or unpack it")
     for mark, what in _FOREIGN.items():
         if start.startswith(mark): raise ValueError(f"{path}: this is {what}")
     head = next(_pieces(path), "")[:4096].lstrip()
@@ -251,11 +273,14 @@ class Problem:
 
     def __str__(self) -> str: return printable((f"{self.file}: " if self.file else "") + f"record {self.index} (id {self.id}): {self.message}")
 
-def record_source(record, # any value of JSON
+def record_source(
+    record, # any value of JSON
+    name: str = "", # of its file, where there are several
 ) -> str:
-    "Where a record comes from: its `dataset`, or the first folder of its picture."
+    "Where a record comes from: its `dataset`, the name of its file, or the first folder of its picture."
+    if isinstance(record, dict) and isinstance(record.get("dataset"), str): return printable(record["dataset"], 60)
+    if name: return printable(name, 60)
     if not isinstance(record, dict): return "no record"
-    if isinstance(record.get("dataset"), str): return printable(record["dataset"], 60)
     image = image_of(record)
     if not isinstance(image, str | None): return "no path"
     return "text only" if image is None else printable(image.rpartition("/")[0].split("/")[0] or ".", 60)
@@ -328,6 +353,7 @@ class Gate:
     template: Template
     encoder: Encoder
     repair: bool = True     # drop a first answer and a last question that stand alone; False: they are faults
+    names: tuple[str, ...] = ()      # of the files, if their records are to be told apart; see `record_source`
 
     def __call__(self,
         rows: Sequence[str], # records as JSON texts
@@ -335,14 +361,14 @@ class Gate:
         file: int = 0, # number of the file
     ) -> pa.RecordBatch: # of `SCHEMA`, a row each
         "Check a block of records."
-        found = [self._one(row) | {"file": file, "index": first + k, "record": row} for k, row in enumerate(rows)]
+        found = [self._one(row, self.names[file] if self.names else "") | {"file": file, "index": first + k, "record": row} for k, row in enumerate(rows)]
         return pa.RecordBatch.from_pylist(found, SCHEMA)
 
-    def _one(self, row: str) -> dict:
-        known = {"id": "none", "source": "no record"}
+    def _one(self, row: str, name: str) -> dict:
+        known = {"id": "none", "source": record_source(None, name)}
         try:
             record, twice = parsed(row)
-            known = {"id": record_id(record), "source": record_source(record)}
+            known = {"id": record_id(record), "source": record_source(record, name)}
             return known | self._known(record, twice)
         except BadRecord as e: return known | {"problem": {name: printable(getattr(e, name)) for name in PROBLEM.names}}
 
@@ -367,7 +393,7 @@ class Gate:
         tokenizer, template = self.encoder.tokenizer, self.template
         code = [(files("llava_nb") / f"{name}.py").read_text() for name in ("conversation", "masking", "records")]
         said = [tokenizer.backend_tokenizer.to_str(), str(tokenizer.special_tokens_map), str(tokenizer.chat_template), repr(template) if is_dataclass(template) else template.name,
-                *map(str, (self.encoder.image_token_id, self.encoder.image_seq_len, self.encoder.max_length, self.encoder.spoken, self.repair)), str(SCHEMA), str(BLOCK), *code]
+                *map(str, (self.encoder.image_token_id, self.encoder.image_seq_len, self.encoder.max_length, self.encoder.spoken, self.repair)), str(SCHEMA), str(BLOCK), *code, *self.names]
         return hashlib.sha256("\0".join(said).encode("utf-8", "backslashreplace")).hexdigest()
 
 # %% ../nbs/13_records.ipynb #fd11753c
@@ -465,13 +491,14 @@ class Records(Sequence):
 
     @classmethod
     def from_files(cls,
-        path: str | Path, # see `read_records`
+        path: str | Path | Sequence[str | Path], # see `data_files`; of several, each record's source is its file
         gate: Gate,
         cache: str | Path | None = None, # where conversions lie; None: `cache_folder`
         workers: int | None = None, # processes; None: one a core
     ) -> "Records":
         "Check records that are in files, or use the conversion that is there. One process of a machine converts, the others wait for it."
         found = data_files(path)
+        if not isinstance(path, str | Path) and len(path) > 1: gate = replace(gate, names=tuple(file_names(found)))
         folder = Path(cache or cache_folder()) / _key(found, gate)
         if damage(folder):
             with _alone(folder):       # meanwhile another process may have made it
@@ -791,7 +818,7 @@ SHOWN = 20       # problems named in one message; the quarantine lists all
 class LlavaDataset(Dataset):
     "Checked records as token ids, labels and pixels."
     def __init__(self,
-        records: list[dict] | str | Path, # in memory, or files for `read_records`
+        records: list[dict] | str | Path | tuple[str | Path, ...], # in memory, or files, see `data_files`
         template: Template,
         encoder: Encoder,
         image_transform: ImageTransform | None = None, # needed if a record has a picture
@@ -802,7 +829,7 @@ class LlavaDataset(Dataset):
         max_bad: str | int | None = None, # see `check_budget`
         findings: str | Path | None = None, # a doctor's findings.jsonl, see `with_findings`
     ):
-        if not isinstance(records, (list, str, Path)): raise ValueError(f"records are a list of objects or a path, not {type(records).__name__}")
+        if not isinstance(records, (list, tuple, str, Path)): raise ValueError(f"records are a list of objects, a path or a tuple of paths, not {type(records).__name__}")
         self.template, self.encoder, self.image_transform = template, encoder, image_transform
         self.source, gate = Folder(image_folder) if isinstance(image_folder, str | Path) else image_folder, Gate(template, encoder, repair)
         self.features = None        # see 35_features
@@ -811,7 +838,8 @@ class LlavaDataset(Dataset):
         total = len(self.records) + len(self.quarantined)
         if bad := stopping(self.quarantined, bad_records): raise BadRecords(report(bad, total))
         check_budget(len(self.quarantined), total, max_bad)
-        if not len(self.records): raise ValueError(f"{'' if isinstance(records, list) else f'{records}: '}no record to train on")
+        named = ", ".join(map(str, records)) if isinstance(records, tuple) else records
+        if not len(self.records): raise ValueError(f"{'' if isinstance(records, list) else f'{named}: '}no record to train on")
         self.lengths, self.supervised, self.word_lengths, self.pictures = map(self.records.column, ("length", "supervised", "words", "image"))      # [N] each
         self.has_image = self.pictures >= 0
         if self.has_image.any() and image_transform is None: raise ValueError(f"{self.has_image.sum():,} records have a picture, but no image_transform was given")

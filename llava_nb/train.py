@@ -508,11 +508,11 @@ def size_of_data(
     c: checks.Checked,
 ) -> tuple[int, float, str, list[bool] | None, int]: # records, tokens of one, how we know, which have a picture, distinct pictures
     "How much there is to train on."
-    path, dataset = run.data.data_path, c.sets.get("data_path")
+    paths, dataset = run.data.data_path, c.sets.get("data_path")
     if dataset is not None: return len(dataset), float(dataset.lengths.mean()), "all of them checked and counted", dataset.has_image.tolist(), len(set(dataset.pictures.tolist()) - {-1})
-    if not path or not ("://" in path or Path(path).exists()): return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None, 0
+    if not paths or any("://" not in path and not Path(path).exists() for path in paths): return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None, 0
     has_image, pictures, sample, rng = [], set(), [], random.Random(0)
-    for n, record in enumerate(records.read_records(shards.Shards(path, run.data.records_cache).records if shards.is_shards(path) else path)):
+    for n, record in enumerate(records.read_records(checks.record_files(run, paths)[0])):
         has_image.append(isinstance(record, dict) and conversation.image_of(record) is not None)
         if has_image[-1]: pictures.add(hash(str(record["image"])))
         k = n if n < MEASURED else rng.randrange(n + 1)         # reservoir sampling
@@ -530,7 +530,6 @@ def steps_of_epoch(
     "Optimizer steps of one epoch; the last steps of each modality are smaller, so mixed data may need one more."
     mode = "modality" if has_image and (args.sampler or ("random" if args.stage == 1 else "modality")) == "modality" else "random"
     return sampler.Plan(mode, [1] * n, has_image, None, args.per_device_train_batch_size, zero.world_size(), args.gradient_accumulation_steps).steps
-
 
 # %% ../nbs/90_train.ipynb #18907a93
 def dry_run(

@@ -1,10 +1,11 @@
 """Settings: every flag of the reference has its meaning, is refused with a reason, or says once that it has none."""
 import json
+import os
 
 import pytest
 
 from llava_nb import config, train
-from llava_nb.config import UNSUPPORTED, read_settings, translate
+from llava_nb.config import UNSUPPORTED, DataConfig, read_settings, translate
 
 MEANT = {   # the reference's flags (ModelArguments, DataArguments, TrainingArguments) and removed transformers names -> ours
     ("model_name_or_path", "lmsys/vicuna-7b-v1.5"): {"language_model": "lmsys/vicuna-7b-v1.5"}, ("version", "v1"): {"template": "v1"}, ("version", "plain"): {"template": "plain"},
@@ -64,6 +65,26 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
     file = str(tmp_path / "a.json")
     for argv in ([file, "--learning_rate", "2"], ["--learning_rate", "2", file]): assert read_settings(argv) == {"learning_rate": "2", "bf16": True}
     assert read_settings(["--dry_run", file]) == {"learning_rate": 1, "bf16": True, "dry_run": "True"}
+
+
+def test_several_data_files_in_words_and_a_configuration_behind_them(tmp_path):
+    for name, text in {"a.json": "[]", "b.jsonl": '{"id": 1, "model": "x", "conversations": []}', "run.json": '{"model": "x"}'}.items(): (tmp_path / name).write_text(text)
+    a, b, run = (str(tmp_path / name) for name in ("a.json", "b.jsonl", "run.json"))
+    for argv in (["--data_path", a, b, run], [run, "--data_path", a, b], [f"--data-path={a}", b, run], ["--data_path", a, b, "--model", "x"]):
+        assert read_settings(argv) == {"model": "x", "data_path": [a, b]}
+    assert read_settings(["--data_path", a, run]) == {"model": "x", "data_path": a}
+    assert read_settings(["--eval_data_path", a, "nowhere.json", "--bf16"]) == {"eval_data_path": [a, "nowhere.json"], "bf16": "True"}
+
+
+def test_commas_part_paths_where_no_such_file_exists(tmp_path):
+    for name in ("a.json", "b.json", "a.json,b", "red, green.json"): (tmp_path / name).write_text("[]")
+    a, b, both, comma = (str(tmp_path / name) for name in ("a.json", "b.json", "a.json,b", "red, green.json"))
+    far = "memory://x,y"
+    for given, wanted in ((a, [a]), (f"{a},{b}", [a, b]), (f"{a}, {b},", [a, b]), (comma, [comma]), ([a, comma], [a, comma]), ([f"{a},{b}", comma], [a, b, comma]), (both, [both]),
+                          (far, [far]), (f"{a},{far}", [a, far]), (f"{far},{far}", [far, far]), ("no1.json,no2.json", ["no1.json", "no2.json"]), (",".join([a] * 100), [a] * 100),
+                          (None, None), ("", None), (",", None), ([], None)):
+        assert DataConfig(data_path=given).data_path == DataConfig(eval_data_path=given).eval_data_path == wanted
+    assert DataConfig(f"{a},~/b.json").data_path == [a, os.path.expanduser("~/b.json")]
 
 
 @pytest.mark.parametrize("content, message", [(b"[1]", "is a list"), (b"\xff\xfe", "not UTF-8"), (b"{", "not JSON, line 1")])

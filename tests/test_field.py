@@ -3,6 +3,7 @@
 `field/cases.json` holds records, a whole file (`text`), settings, flags or a DeepSpeed JSON; the exit code of all three, and what is said.
 """
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from runs import config, make_world, run, verdicts, weights
 from transformers import AutoProcessor, CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
 from llava_nb import train
+from llava_nb.checkpoint import MADE_WITH
 from llava_nb.masking import tiny_tokenizer
+from llava_nb.shards import write_shards
 
 CASES = json.loads((Path(__file__).parent / "field" / "cases.json").read_text())
 
@@ -29,6 +32,7 @@ def world(tmp_path_factory):
     Image.new("RGB", (60, 40), "teal").save(where / "1.png")
     record = {"image": "1.png", "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A red kite."}]}
     for name in ("a", "b"): (where / f"{name}.json").write_text(json.dumps([record | {"id": f"{name}{k}"} for k in range(2)]))
+    write_shards(iter([("1.json", json.dumps(record).encode()), ("1.png", (where / "1.png").read_bytes())]), where / "SHARDS"); (where / "SHARDS" / "000000.tar").rename(where / "SHARDS" / "0.tar")
     return where
 
 
@@ -81,3 +85,36 @@ def test_the_best_checkpoint_is_the_result(world):
     assert state["best_model_checkpoint"].endswith("checkpoint-1")
     result, best, last = (weights(world / "best" / below) for below in ("", "checkpoint-1", "checkpoint-3"))
     assert all(torch.equal(result[k], best[k]) for k in result) and not all(torch.equal(result[k], last[k]) for k in result)
+
+
+def test_several_files_are_one_set_of_records_for_a_run_and_its_resume(world, capsys):
+    """Order, sources, the quarantine, a doctor's findings and the checkpoint's recipe know each file."""
+    shown = json.loads((world / "a.json").read_text())[0]
+    (world / "first.jsonl").write_text("\n".join(json.dumps(shown | r) for r in ({"id": "own", "dataset": "given"}, {"id": "f"}, {"id": "lost", "image": "no.png"})))
+    (world / "cut.png").write_bytes((world / "1.png").read_bytes()[:60])
+    (world / "second.json").write_text(json.dumps([shown | {"id": "s"}, {"id": "bad"}, shown | {"id": "cut", "image": "cut.png"}]))
+    files = [str(world / name) for name in ("second.json", "first.jsonl")]
+    file, _ = config(world, "both", data_path=files, max_steps=2, save_steps=1, bad_records="skip", findings=str(world / "both" / "findings.jsonl"))
+    assert train.main(["doctor", str(file), "--deep", "--findings", "None"]) == 2      # the cut picture, until its findings are given
+    assert "good, by source: second 1 of 3, first 1 of 2, given 1 of 1" in capsys.readouterr().out
+    assert train.main([str(file), "--dry_run"]) == 0 and "3 records" in capsys.readouterr().out
+    assert train.main([str(file), "--max_steps", "2"]) == 0
+    left_out = [json.loads(line) for line in (world / "both" / "quarantine.jsonl").read_text().splitlines()]
+    assert {(p["file"], p["index"], p["source"]) for p in left_out} == {(files[0], 1, "second"), (files[0], 2, "second"), (files[1], 2, "first")}
+    assert json.loads((world / "both" / "checkpoint-1" / MADE_WITH).read_text())["records"].startswith("3, ")
+    shutil.rmtree(world / "both" / "checkpoint-2")
+    again = [str(file), "--resume", str(world / "both" / "checkpoint-1"), "--output_dir", str(world / "both2")]
+    capsys.readouterr()
+    assert train.main([*again, "--data_path", *files[::-1]]) == 4 and "text" in capsys.readouterr().err
+    assert train.main([*again, "--data_path", ",".join(files)]) == 0
+
+
+def test_all_files_that_are_missing_are_named(world, capsys):
+    file, _ = config(world, "gone")
+    flags = ["--data_path", f"{world}/no1.json,{world}/a.json", f"{world}/no2.json"]
+    for argv in (["doctor", str(file), *flags], [str(file), *flags]):
+        assert train.main(argv) == 2
+        assert capsys.readouterr().err.count("does not exist") == 2
+    assert train.main([str(file), "--dry_run", *flags]) == 0
+    out = capsys.readouterr().out
+    assert [name for name in ("no1", "a", "no2") if f"not checked: data_path: {world}/{name}.json does not exist" in out] == ["no1", "no2"]

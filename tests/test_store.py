@@ -18,7 +18,7 @@ import llava_nb.records as records
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, read_records
+from llava_nb.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, file_names, read_records
 
 ENCODER, V1 = Encoder(tiny_tokenizer(), 2048, 16, 256), get_template("v1")
 GATE = Gate(V1, ENCODER)
@@ -121,6 +121,40 @@ def test_a_conversion_is_used_again_exactly_as_long_as_nothing_changed(tmp_path)
     others = {folder(Gate(get_template("llava_llama_2"), ENCODER)), folder(Gate(V1, Encoder(tiny_tokenizer(), 2048, 16, 255))), folder(Gate(V1, Encoder(added, 2048, 16, 256)))}
     written(data, some(21)); others |= {first, folder()}
     assert len(others) == 5
+
+
+def test_several_files_in_their_order_each_with_its_name_as_source(tmp_path):
+    (tmp_path / "more").mkdir()
+    b, a, c = written(tmp_path / "b.json", [record(1), 5, record(2, "sub/x.png") | {"dataset": "own"}]), written(tmp_path / "a.json", [record(3)]), written(tmp_path / "more" / "c.json", [record(4, "sub/y.png")])
+    found = Records.from_files((b, tmp_path / "more", str(a)), GATE, tmp_path / "cache", workers=2)
+    assert [r["id"] for r in found] == [1, 2, 4, 3] and found.table["source"].to_pylist() == ["b", "own", "c", "a"] and found.files == [str(b), str(c), str(a)]
+    assert [(p.file, p.index, p.source) for p in found.problems] == [(str(b), 1, "b")]
+    assert list(read_records((b, c))) == [record(1), 5, record(2, "sub/x.png") | {"dataset": "own"}, record(4, "sub/y.png")]
+
+
+def test_one_path_is_what_it_was_and_several_have_a_conversion_of_their_own(tmp_path):
+    """As text, as a path or as the only one of a list; a folder is one path."""
+    (tmp_path / "data").mkdir()
+    a, b = written(tmp_path / "data" / "a.json", [record(1, "sub/x.png")]), written(tmp_path / "data" / "b.json", [record(2)])
+    folder = lambda path: Records.from_files(path, GATE, tmp_path / "cache")      # noqa: E731
+    assert folder(a).folder == folder(str(a)).folder == folder((a,)).folder and folder((a,)).table["source"].to_pylist() == ["sub"]
+    assert folder(tmp_path / "data").table["source"].to_pylist() == ["sub", "text only"] and folder((a, b)).table["source"].to_pylist() == ["a", "b"]
+    assert len({folder(path).folder for path in (a, b, (a, b), (b, a), tmp_path / "data")}) == 5
+
+
+def test_a_file_given_twice_and_all_that_are_missing_are_refused_by_name(tmp_path):
+    (tmp_path / "data").mkdir()
+    a, b = written(tmp_path / "data" / "a.json", [record(1)]), written(tmp_path / "b.json", [record(2)])
+    (tmp_path / "link.json").symlink_to(a); (tmp_path / "same").symlink_to(tmp_path / "data")
+    for given in ((a, b, a), (a, tmp_path / "link.json"), (tmp_path / "data", a), (b, tmp_path / "data", tmp_path / "same"), (a, f"{tmp_path}/./data/../data/a.json")):
+        with pytest.raises(ValueError, match=r"(a|link)\.json.*: given twice; name each file of records once"): data_files(given)
+    with pytest.raises(FileNotFoundError, match="no1.json, .*no2.json: no such file of records"): data_files((tmp_path / "no1.json", a, tmp_path / "no2.json"))
+
+
+def test_names_tell_files_apart(tmp_path):
+    for paths, names in ((("x/a.json", "b.json"), ["a", "b"]), (("a.json", "a.jsonl"), ["a.json", "a.jsonl"]), (("x/a.json", "y/a.json"), ["x/a", "y/a"]), (("x/a.json", "x/a.jsonl", "y/a.json"), ["x/a.json", "x/a.jsonl", "y/a.json"])):
+        assert file_names([tmp_path / p for p in paths]) == names
+    assert len(set(file_names([tmp_path / "1/x/a.json", tmp_path / "2/x/a.json"]))) == 2
 
 
 def test_pictures_that_go_and_come_are_seen_at_the_next_start(tmp_path):
