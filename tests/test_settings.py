@@ -73,7 +73,7 @@ def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, mon
     out = capsys.readouterr().out
     encoder, template = train.masking.Encoder(tokenizer, len(tokenizer), 576, 2048), train.conversation.get_template("v1")
     mean = sum(len(train.records.encode(r, template, encoder).input_ids) for r in (PICTURE, TEXT)) / 2
-    assert "4 of 8 records" in out and f"20 records, {mean:,.0f} tokens each (records counted, tokens counted on 20" in out
+    assert "4 of 8 records" in out and f"20 records, {mean:,.0f} tokens each (all of them checked and counted)" in out
 
 
 def test_a_reporter_that_is_not_installed_is_a_note():
