@@ -448,7 +448,7 @@ _WHERE = {"gpt": "an answer", SYSTEM: "a system prompt"}
 
 def _one_path(image: Any) -> tuple[str, str]: # remedy and field
     if isinstance(image, list): return "make a record of each image", "image"
-    if isinstance(image, dict): return "write the path as a text; images as bytes are read from Parquet alone", "image"
+    if isinstance(image, dict): return "write the path as a text; bytes are read from the column `image` of a Parquet file alone, a binary or a struct of `bytes` and `path`", "image"
     return "write the path as a text, or leave the key out of a record without an image", "image"
 
 # %% ../nbs/10_conversation.ipynb #a1a4bf59

@@ -19,7 +19,7 @@ from transformers import CLIPImageProcessorPil
 from llava_nb import records as reading
 from llava_nb import train, unpacked
 from llava_nb.conversation import get_template
-from llava_nb.imageproc import ImageTransform
+from llava_nb.imageproc import ImageTransform, TooLarge
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.records import Folder, LlavaDataset, held_name, image_held, read_records
 from llava_nb.unpacked import Unpacked, unpack, with_unpacked
@@ -145,6 +145,11 @@ print(peak() - before)
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "big.parquet")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 200
+
+
+def test_an_image_that_is_too_large_is_refused_before_it_is_read(tmp_path):
+    file = write(tmp_path / "a.parquet", [record(0, {"bytes": bytes(60_000_000), "path": None})])
+    with pytest.raises(TooLarge, match="60,000,000 bytes; at most 50,000,000"): dataset(file).source.open(held_name(bytes(60_000_000)))
 
 
 def test_a_row_group_that_would_not_fit_is_refused(tmp_path, monkeypatch):
