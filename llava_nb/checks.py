@@ -41,6 +41,7 @@ import llava_nb.state as state
 import llava_nb.storage as storage
 import llava_nb.trainer as trainer
 import llava_nb.trust as trust
+import llava_nb.unpacked as unpacked
 import llava_nb.vision as vision
 import llava_nb.zero as zero
 from .terminal import Lines, one_line, printable, say, shown
@@ -221,11 +222,12 @@ def record_files(
 def places(
     run: config.Run,
     paths: list[str], # see `record_files`
-) -> tuple[Path | tuple[str, ...], records.Folder | shards.Shards | None]: # the records' files; where their pictures come from
-    "What a data path and the image folder name: files, or shards."
+) -> tuple[Path | tuple[str, ...], records.Folder | shards.Shards | unpacked.Unpacked | None]: # the records' files; where their pictures come from
+    "What a data path and the image folder name: files, images that these hold, or shards."
     folder, cache = run.data.image_folder, run.data.records_cache
     files, inside = record_files(run, paths)
-    return files, inside if not folder else shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
+    source = inside if not folder else shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
+    return files, unpacked.with_unpacked(records.data_files(files), source, cache)
 
 class _Unseen(records.Folder):
     "A picture folder that is not here, of which a dry run says nothing."

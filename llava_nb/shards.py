@@ -8,6 +8,7 @@ __all__ = ['INDEX', 'READ', 'IMAGES', 'write_shards', 'is_shards', 'index', 'Sha
 # %% ../nbs/18_shards.ipynb #06c71aa1
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -23,6 +24,7 @@ import pyarrow.compute
 from filelock import FileLock
 
 from .conversation import BadRecord
+from .imageproc import MAX_BYTES, TooLarge
 from .records import cache_folder, checksum, make_durable
 from .terminal import printable, shown
 
@@ -35,10 +37,10 @@ def write_shards(
     "Write plain tar shards."
     Path(folder).mkdir(parents=True, exist_ok=True)
     written, members = [], iter(members)
-    while part := [m for _, m in zip(range(each), members)]:
+    for first in members:
         written.append(Path(folder) / f"{len(written):06}.tar")
         with tarfile.open(written[-1], "w") as tar:
-            for name, content in part:
+            for name, content in itertools.chain([first], itertools.islice(members, each - 1)):
                 info = tarfile.TarInfo(name); info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return written
@@ -181,6 +183,7 @@ class Shards:
     ) -> io.BytesIO: # the picture's file
         "Fetch one picture."
         shard, offset, size = self.find(image)
+        if size > MAX_BYTES: raise TooLarge(f"it has {size:,} bytes; at most {MAX_BYTES:,} are read, scale it down first")      # before it is in memory
         files, _ = fsspec.core.url_to_fs(self.root)      # fsspec keeps one for each process
         return io.BytesIO(files.cat_file(shard, start=offset, end=offset + size))
 
