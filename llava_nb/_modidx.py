@@ -360,6 +360,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'llava_nb.doctor._as_it_stands': ('doctor.html#_as_it_stands', 'llava_nb/doctor.py'),
                                  'llava_nb.doctor._canonical': ('doctor.html#_canonical', 'llava_nb/doctor.py'),
                                  'llava_nb.doctor._doubled': ('doctor.html#_doubled', 'llava_nb/doctor.py'),
+                                 'llava_nb.doctor._of_sources': ('doctor.html#_of_sources', 'llava_nb/doctor.py'),
                                  'llava_nb.doctor._table': ('doctor.html#_table', 'llava_nb/doctor.py'),
                                  'llava_nb.doctor.by_kind': ('doctor.html#by_kind', 'llava_nb/doctor.py'),
                                  'llava_nb.doctor.first_look': ('doctor.html#first_look', 'llava_nb/doctor.py'),

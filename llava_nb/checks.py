@@ -214,19 +214,24 @@ def record_files(
     "Which files hold the records: those that are named, or one made of tar shards."
     tar = [path for path in paths if shards.is_shards(path)]
     if not tar: return tuple(paths), None
-    if paths[1:]: raise ValueError(f"data_path: {', '.join(tar)}: tar shards bring records and images of their own, and are not read together with other paths; name them alone, or give their records as a file and the shards as image_folder")
+    if paths[1:]:
+        raise ValueError(f"data_path: {', '.join(tar)}: tar shards bring records and images of their own, and are not read together "
+                         "with other paths; name them alone, or give their records as a file and the shards as image_folder")
     inside = shards.Shards(tar[0], run.data.records_cache)
-    if not inside.records: raise ValueError(f"data_path: {tar[0]}: these shards hold no record (a .json beside its picture); name the file of records, and the shards as image_folder")
+    if not inside.records:
+        raise ValueError(f"data_path: {tar[0]}: these shards hold no record (a .json beside its picture); "
+                         "name the file of records, and the shards as image_folder")
     return inside.records, inside
 
 def places(
     run: config.Run,
     paths: list[str], # see `record_files`
-) -> tuple[Path | tuple[str, ...], records.Folder | shards.Shards | unpacked.Unpacked | None]: # the records' files; where their pictures come from
+) -> tuple[Path | tuple[str, ...], records.Folder | shards.Shards | unpacked.Unpacked | None]: # files; their pictures
     "What a data path and the image folder name: files, images that these hold, or shards."
     folder, cache = run.data.image_folder, run.data.records_cache
     files, inside = record_files(run, paths)
-    source = inside if not folder else shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
+    source = inside
+    if folder: source = shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
     return files, unpacked.with_unpacked(records.data_files(files), source, cache)
 
 class _Unseen(records.Folder):

@@ -33,11 +33,12 @@ def paths_in(
     return [os.path.expanduser(path) for word in words for path in _parted(str(word)) if path] or None
 
 def _parted(word: str) -> list[str]:
-    whole = re.split(r",\s*(?=\w[\w+.-]*://)", word)          # a URL may hold commas, and no comma stands before its scheme
+    whole = re.split(r",\s*(?=\w[\w+.-]*://)", word)      # a URL may hold commas, but not before its scheme
     parts = [path for text in whole for path in (text.split(",") if _nowhere(text) else [text])]
     return [path for path in map(str.strip, parts) if path] if parts[1:] else [word]
 
-def _nowhere(path: str | None) -> bool: return bool(path) and "://" not in path and not os.path.exists(os.path.expanduser(path))
+def _nowhere(path: str | None) -> bool:
+    return bool(path) and "://" not in path and not os.path.exists(os.path.expanduser(path))
 
 @dataclass
 class ModelConfig:
@@ -56,7 +57,8 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     "Which records, and how they become tokens and pixels."
-    data_path: list[str] | None = _setting(None, "Records: a JSON list, JSONL, Parquet, a folder of them, or several of these (a list, words, or commas); or a folder or URL of tar shards with records in them.")
+    data_path: list[str] | None = _setting(None, "Records: a JSON list, JSONL, Parquet, a folder of them, or several of "
+                                           "these (a list, words, or commas); or a folder or URL of tar shards with records in them.")
     image_folder: str | None = _setting(None, "Folder that the records' `image` paths start from; or a folder or URL of tar shards that hold them.")
     feature_cache: str | None = _setting(None, "Folder to keep the frozen tower's features in, for runs that see pictures again; 1.2 MB a picture for CLIP-L/336 in bf16. By default they are computed.")
     eval_data_path: list[str] | None = _setting(None, "Held-out records for an evaluation loss; several as in data_path.")
@@ -71,7 +73,8 @@ class DataConfig:
     repair: bool = _setting(True, "Drop, and count, a first answer without a question (as the reference does) and a last question without an answer; False: such records are bad.")
     reduced_jpeg: bool = _setting(False, "Decode large JPEGs at a half, a quarter or an eighth, not below the tower's size: faster, other pixels than the reference's.")
 
-    def __post_init__(self): self.data_path, self.eval_data_path = paths_in(self.data_path), paths_in(self.eval_data_path)
+    def __post_init__(self):
+        self.data_path, self.eval_data_path = paths_in(self.data_path), paths_in(self.eval_data_path)
 
 @dataclass
 class RunConfig:
@@ -389,7 +392,7 @@ def _deepspeed(value) -> dict:
 
 # %% ../nbs/00_config.ipynb #dba8e71a
 SWITCHES = [f.name for c in CONFIGS for f in fields(c) if f.type is bool]
-SEVERAL = [f.name for c in CONFIGS for f in fields(c) if list[str] in get_args(f.type)]      # take all words up to the next flag
+SEVERAL = [f.name for c in CONFIGS for f in fields(c) if list[str] in get_args(f.type)]      # take all words to the next flag
 
 def read_settings(
     argv: Iterable[str], # command line without the program's name
@@ -418,7 +421,8 @@ def _is_configuration(word: str) -> bool:
     "Whether a file of data or settings is one of settings."
     try: found = json.loads(Path(word).read_text(encoding="utf-8-sig")) if os.path.getsize(word) < 1 << 20 else None
     except (OSError, ValueError, RecursionError): return False
-    return isinstance(found, dict) and "conversations" not in found and not found.keys().isdisjoint([*field_names(*CONFIGS), *RENAMED, *TRANSLATED])
+    known = {*field_names(*CONFIGS), *RENAMED, *TRANSLATED}
+    return isinstance(found, dict) and "conversations" not in found and not known.isdisjoint(found)
 
 def read_json(
     path: str | Path, # a configuration file

@@ -144,11 +144,17 @@ def summary(
     "Findings by kind, the most frequent first."
     kinds = by_kind(found.problems)
     lines = [f"{found.total:,} records: {found.good:,} can be trained on, {len(found.problems):,} findings of {len(kinds):,} kinds"]
-    if len(found.sources) > 1: lines.append("good, by source: " + ", ".join(f"{name} {c['good']:,} of {sum(c.values()):,}" for name, c in sorted(found.sources.items(), key=lambda item: -sum(item[1].values()))[:8]) + (", ..." if len(found.sources) > 8 else ""))
+    if len(found.sources) > 1: lines.append(f"good, by source: {_of_sources(found.sources)}")
     for kind, problems in kinds.items():
         lines.append(f"{kind}: {len(problems):,} ({', '.join(f'{name} {n:,}' for name, n in Counter(p.source for p in problems).most_common(8))})")
         lines += [f"  {p}" for p in problems[:most]] + [f"  and {len(problems) - most:,} more"] * (len(problems) > most)
     return "\n".join(lines + [f"noted: {n:,} x {what}, first record {found.notes[what][0].index} (id {found.notes[what][0].id})" for what, n in found.counts.most_common()])
+
+def _of_sources(sources: dict[str, Counter], most: int = 8) -> str:
+    "Good records of all, the largest sources first."
+    largest = sorted(sources.items(), key=lambda item: -item[1].total())[:most]
+    said = [f"{name} {counts['good']:,} of {counts.total():,}" for name, counts in largest]
+    return ", ".join(said + [f"and {len(sources) - most:,} more"] * (len(sources) > most))
 
 def line(
     p: Problem,

@@ -74,7 +74,8 @@ def _refuse_twice(found: list[list[Path]]) -> None:
     seen, twice = {}, []
     for files in found:
         real = {file.resolve(): file for file in files}
-        twice += [f"{file}" + (f" (the same as {seen[there]})" if file != seen[there] else "") for there, file in real.items() if there in seen]
+        again = [(file, seen[there]) for there, file in real.items() if there in seen]
+        twice += [str(file) if file == first else f"{file} (the same as {first})" for file, first in again]
         seen = real | seen
     if twice: raise ValueError(f"{', '.join(twice)}: given twice; name each file of records once")
 
@@ -82,7 +83,8 @@ def file_names(
     files: Sequence[Path],
 ) -> list[str]: # all different
     "What tells files from each other: the stem, or as much of the path as that takes."
-    kinds = (lambda f: f.stem, lambda f: f.name, lambda f: f"{f.parent.name}/{f.stem}", lambda f: f"{f.parent.name}/{f.name}", str)
+    below = lambda f: f.parent.name
+    kinds = (lambda f: f.stem, lambda f: f.name, lambda f: f"{below(f)}/{f.stem}", lambda f: f"{below(f)}/{f.name}", str)
     tried = ([kind(file.absolute()) for file in files] for kind in kinds)
     return next((names for names in tried if len(set(names)) == len(names)), [str(f) for f in files])
 
@@ -137,7 +139,8 @@ def _rows(path: Path) -> Iterator[str]:
     if start[:4] == b"PAR1": yield from _parquet_rows(path); return
     if not start: raise ValueError(f"{path}: is empty")
     if not start.strip(b"\0"): raise ValueError(f"{path}: begins with {len(start):,} zero bytes, as a copy that was broken off or a disk that was full leaves them; fetch the file again")
-    if start[257:262] == b"ustar": raise ValueError(f"{path}: this is a tar archive; name the folder of shards that it lies in, alone, or unpack it")
+    if start[257:262] == b"ustar":
+        raise ValueError(f"{path}: this is a tar archive; name the folder of shards that it lies in, alone, or unpack it")
     for mark, what in _FOREIGN.items():
         if start.startswith(mark): raise ValueError(f"{path}: this is {what}")
     head = next(_pieces(path), "")[:4096].lstrip()
@@ -405,7 +408,8 @@ class Gate:
         file: int = 0, # number of the file
     ) -> pa.RecordBatch: # of `SCHEMA`, a row each
         "Check a block of records."
-        found = [self._one(row, self.names[file] if self.names else "") | {"file": file, "index": first + k, "record": row} for k, row in enumerate(rows)]
+        name = self.names[file] if self.names else ""
+        found = [self._one(row, name) | {"file": file, "index": first + k, "record": row} for k, row in enumerate(rows)]
         return pa.RecordBatch.from_pylist(found, SCHEMA)
 
     def _one(self, row: str, name: str) -> dict:
@@ -878,7 +882,8 @@ class LlavaDataset(Dataset):
         max_bad: str | int | None = None, # see `check_budget`
         findings: str | Path | None = None, # a doctor's findings.jsonl, see `with_findings`
     ):
-        if not isinstance(records, (list, tuple, str, Path)): raise ValueError(f"records are a list of objects, a path or a tuple of paths, not {type(records).__name__}")
+        if not isinstance(records, (list, tuple, str, Path)):
+            raise ValueError(f"records are a list of objects, a path or a tuple of paths, not {type(records).__name__}")
         self.template, self.encoder, self.image_transform = template, encoder, image_transform
         self.source, gate = Folder(image_folder) if isinstance(image_folder, str | Path) else image_folder, Gate(template, encoder, repair)
         self.features = None        # see 35_features

@@ -55,7 +55,6 @@ import llava_nb.objective as objective
 import llava_nb.optim as optim
 import llava_nb.records as records
 import llava_nb.sampler as sampler
-import llava_nb.shards as shards
 import llava_nb.storage as storage
 import llava_nb.terminal as terminal
 import llava_nb.trainer as trainer
@@ -510,7 +509,8 @@ def size_of_data(
     "How much there is to train on."
     paths, dataset = run.data.data_path, c.sets.get("data_path")
     if dataset is not None: return len(dataset), float(dataset.lengths.mean()), "all of them checked and counted", dataset.has_image.tolist(), len(set(dataset.pictures.tolist()) - {-1})
-    if not paths or any("://" not in path and not Path(path).exists() for path in paths): return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None, 0
+    if not paths or any("://" not in path and not Path(path).exists() for path in paths):
+        return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None, 0
     has_image, pictures, sample, rng = [], set(), [], random.Random(0)
     for n, record in enumerate(records.read_records(checks.record_files(run, paths)[0])):
         has_image.append(isinstance(record, dict) and conversation.image_of(record) is not None)
