@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['next_token', 'common_prefix', 'evaluating', 'Reader', 'visible', 'human_turn', 'Prompter', 'picture_of', 'Chat',
-           'whole_models', 'check_folder', 'load_for_chat', 'main']
+           'load_for_chat', 'main']
 
 # %% ../nbs/40_chat.ipynb #ef534a0d
 import argparse
@@ -27,7 +27,7 @@ from .chat_template import as_trained, stops
 from .checkpoint import unsayable
 from .conversation import IMAGE_TOKEN, normalise
 from .imageproc import MAX_BYTES, ImageTransform, Refused, check_size
-from .llava import PROJECTOR_FILE, load_llava
+from .llava import load_llava
 from .masking import Encoded
 from .terminal import Parser, one_line, say, shown, take_over
 from .vision import image_processor_for
@@ -258,27 +258,12 @@ def _check_asking(chat: Chat, turns: list[dict]) -> None:
     raise RuntimeError("this answer's chat went on without it: another question was asked, or it was reset. Read an answer to its end, or drop it")
 
 # %% ../nbs/40_chat.ipynb #b5fd4c38
-def whole_models(folder: Path) -> list[str]:
-    "Folders below that hold a whole model."
-    return sorted({str(p.parent) for p in folder.glob("*/model*.safetensors") if (p.parent / "config.json").is_file()})
-
-def check_folder(path: str | Path) -> None:
-    "Raise if a local folder holds no whole model. A hub id passes."
-    folder = Path(path)
-    if any(folder.glob("model*.safetensors")): return
-    if not folder.exists() and str(path).count("/") == 1 and not str(path).startswith((".", "~")): return
-    if not folder.is_dir(): raise FileNotFoundError(f"{path}: no such folder; give the output folder of stage 2")
-    why = "holds the projector of stage 1 only" if (folder / PROJECTOR_FILE).is_file() else "holds no model*.safetensors"
-    where = f"found whole models in: {', '.join(found)}" if (found := whole_models(folder)) else "give the output folder of stage 2"
-    raise FileNotFoundError(f"{path}: {why}; {where}")
-
 def load_for_chat(
     path: str | Path,                     # folder that stage 2 wrote, or a llava-hf checkpoint
     dtype: str | torch.dtype = "auto",    # "auto": as saved
     device: str | None = None,            # None: the GPU if there is one
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, Any]:  # model, tokenizer, image processor
     "All that `Chat` is made of."
-    check_folder(path)
     model = load_llava(path, dtype).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, trust.load(AutoTokenizer, path), image_processor_for(path)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'NAMES', 'CONFIGS', 'LARGEST', 'ORIGINAL', 'ONE_FILE', 'LAYERS', 'WIDTHS', 'SIDES', 'MOST_LAYERS',
-           'MOST_WIDTH', 'MOST_SIDE', 'PICKLES', 'HUB', 'FILES', 'FLOORS', 'check_file', 'check_config', 'open_weights',
-           'shapes_of', 'check_index', 'unfit', 'check_sizes', 'check_processor', 'check_folder', 'fetched',
-           'explained', 'local', 'load', 'check_versions']
+           'MOST_WIDTH', 'MOST_SIDE', 'PICKLES', 'STAGE_1', 'HUB', 'FILES', 'FLOORS', 'check_file', 'check_config',
+           'open_weights', 'shapes_of', 'check_index', 'unfit', 'check_sizes', 'check_processor', 'check_folder',
+           'fetched', 'explained', 'local', 'load', 'check_versions']
 
 # %% ../nbs/02_trust.ipynb #efd19f22
 import contextlib
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from huggingface_hub import snapshot_download
@@ -222,6 +223,7 @@ def _contradiction(part: dict, widest: int | None) -> str:
 
 # %% ../nbs/02_trust.ipynb #2e6871b3
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+STAGE_1 = "holds the projector of stage 1 only; give it as --projector, beside --language_model and --vision_tower"
 
 def check_folder(
     folder: Path,
@@ -232,7 +234,7 @@ def check_folder(
     for path in [*here, *(folder / "additional_chat_templates").glob("*")]:
         if not path.is_dir(): check_file(path, root)
     if why := unfit(folder): raise ValueError(why)
-    if not (folder / "config.json").is_file(): raise FileNotFoundError(f"{folder}: holds no config.json; {_instead(folder)}")
+    if not (folder / "config.json").is_file(): raise FileNotFoundError(f"{folder}: {_instead(folder)}")
     for path in {p for pattern in CONFIGS for p in folder.glob(pattern)}: check_config(path)
     for path in folder.glob("*.index.json"): check_index(path)
     check_sizes(folder / "config.json")
@@ -242,16 +244,17 @@ def check_folder(
     if not any(folder.glob("model*.safetensors")):
         found = [p.name for p in here if p.suffix in PICKLES]
         if found: raise ValueError(f"{folder}: its weights are pickles ({', '.join(found[:3])}), which can run code, and are not read; `llava_nb convert {folder} NEW_FOLDER` makes safetensors of them")
-        if (folder / "projector.safetensors").is_file(): raise FileNotFoundError(f"{folder}: holds the projector of stage 1 only; give it as --projector, beside --language_model and --vision_tower")
+        if (folder / "projector.safetensors").is_file(): raise FileNotFoundError(f"{folder}: {STAGE_1}")
         raise FileNotFoundError(f"{folder}: holds no model*.safetensors; where the hub has only pickles, `llava_nb convert OWNER/NAME NEW_FOLDER` fetches and converts them")
     check_sizes(folder / "config.json", [shape for file in sorted(folder.glob("*.safetensors")) for shape in shapes_of(file).values()])
 
 def _instead(folder: Path) -> str:
-    "What to give instead of a folder without a configuration."
+    "What a folder without a configuration is, and what to give."
     inside = sorted(p.parent for p in folder.glob("*/config.json"))
-    if inside: return f"found models in {', '.join(map(str, inside[:3]))}: give one of them"
-    if any(folder.glob("consolidated*.pth")): return "it is in Llama's original format; give the same model from the hub, in safetensors"
-    return "give a folder that save_pretrained wrote, or an output folder of stage 2"
+    if inside: return f"holds no config.json; found models in {', '.join(map(str, inside[:3]))}: give one of them"
+    if any(folder.glob("consolidated*.pth")): return "holds no config.json; it is in Llama's original format; give the same model from the hub, in safetensors"
+    if (folder / "projector.safetensors").is_file(): return STAGE_1
+    return "holds no config.json; give a folder that save_pretrained wrote, or an output folder of stage 2"
 
 # %% ../nbs/02_trust.ipynb #1294a752
 HUB = re.compile(r"([\w-][\w.-]*/[\w.-]+?)(?:@(\w+))?")
@@ -285,6 +288,7 @@ def explained(
     try: yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, *but): raise
     except BaseException as e:
+        if isinstance(e, NameError) or isinstance(getattr(e, "obj", None), ModuleType): raise      # a fault of code, not of a folder
         about_it = isinstance(e, ValueError | OSError) and str(source) in str(e)
         if about_it or getattr(e, "errno", None) or type(e).__name__ == "OutOfMemoryError": raise
         raise ValueError(f"{source}: transformers cannot make {what} of it ({type(e).__name__}: {one_line(e, 300)}); fetch it again, or use another model") from e

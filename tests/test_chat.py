@@ -251,7 +251,7 @@ def test_small_functions():
 def test_saved_and_loaded(parts, saved):
     loaded = Chat.from_pretrained(saved)
     assert talk(loaded) == talk(Chat(*parts))
-    with pytest.raises(FileNotFoundError, match=f"whole models in: .*{saved.name}"): Chat.from_pretrained(saved.parent)
+    with pytest.raises(FileNotFoundError, match=f"found models in .*{saved.name}"): Chat.from_pretrained(saved.parent)
     with pytest.raises(FileNotFoundError, match="no such folder"): Chat.from_pretrained(saved / "none" / "here")
 
 

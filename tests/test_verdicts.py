@@ -14,7 +14,7 @@ from runs import config, make_world, verdict, verdicts
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from llava_nb import storage, train
+from llava_nb import chat, storage, train
 from llava_nb.masking import tiny_tokenizer
 
 
@@ -58,6 +58,7 @@ FOLDERS = {
     "the hub's cache": ({"models--owner--name/refs/main": "abc"}, "is the hub's cache, with 1 models in it; give the name of one: 'owner/name'"),
     "models--owner--name": ({"refs/main": "abc", "snapshots/abc/config.json": LLAMA, "blobs/x": ""}, "is the hub's cache of owner/name; give owner/name, or .*snapshots/abc"),
     "one folder too high": ({"vicuna/config.json": LLAMA}, "holds no config.json; found models in .*vicuna: give one of them"),
+    "a result of stage 1": ({"projector.safetensors": ""}, "holds the projector of stage 1 only; give it as --projector"),
     "Llama's original": ({"params.json": {}, "consolidated.00.pth": ""}, "it is in Llama's original format"),
     "empty": ({}, "holds no config.json; give a folder that save_pretrained wrote"),
 }
@@ -89,6 +90,22 @@ def test_a_folder_that_is_no_model(world, tmp_path, case, capsys):
     for changes in ({"model": folder}, parts | {"language_model": folder}, parts | {"vision_tower": folder}):
         code, said = verdict(config(world, "given", **changes)[0], capsys)
         assert code == 2 and matches(said, wanted) and folder in said, said
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_chat_says_of_a_wrong_folder_what_training_says(tmp_path, case, capsys):
+    files, wanted = FOLDERS[case]
+    folder = str(deep(tmp_path / (case if "--" in case else "given"), files))
+    assert chat.main([folder, "--ask", "?"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llava_nb.chat: ") and said.count("\n") == 1 and matches(said, wanted) and folder in said, said
+
+
+@pytest.mark.parametrize("given, wanted", [("llm", "a 'llama' model is not.*`language_model`"), ("tower", "a 'clip_vision_model' model is not"), ("bert", "a 'bert' model is not"), ("llm/model.safetensors", "is one file of a model; give the folder"), ("nowhere/at/all", "no such folder")])
+def test_chat_with_another_kind_of_model_is_one_line(world, given, wanted, capsys):
+    assert chat.main([str(world / given), "--ask", "?"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("llava_nb.chat: ") and said.count("\n") == 1 and matches(said, wanted) and given in said, said
 
 
 ROLES = {
