@@ -104,8 +104,14 @@ CATALOGUE: dict[int, Fault] = {
     181: tested("the best checkpoint is not what a run leaves", "test_evaluation::test_the_best_checkpoint_is_the_result_and_is_kept", "test_evaluation::test_a_save_that_failed_is_not_the_best"),
     182: tested("DeepSpeed is not installed", "test_accumulation::test_without_deepspeed_a_run_on_one_rank_trains", "test_accumulation::test_without_deepspeed_zero_is_one_line"),
     183: tested("gradients that depend on how a step is cut, or lose what they add", "test_accumulation::test_gradient_norms_are_the_same_for_any_cut_of_a_step", "test_accumulation::test_gradients_of_16_bits_add_up_better_in_float32"),
-    184: tested("a DeepSpeed file that contradicts the settings", "test_settings::test_a_deepspeed_file_may_repeat_the_settings_and_not_contradict_them"),
+    184: tested("a DeepSpeed file that contradicts the settings", "test_settings::test_a_deepspeed_file_may_repeat_the_settings_and_not_contradict_them", "test_field::test_what_the_field_met"),
     185: tested("a Parquet file from the hub that holds its images", "test_unpacked::test_training_from_parquet_is_training_from_a_folder", "test_unpacked::test_bytes_paths_and_text_may_be_mixed", "test_unpacked::test_every_column_of_one_image_is_read", "test_unpacked::test_a_bad_image_is_its_records_finding_in_all_three", "test_unpacked::test_memory_is_bounded_by_a_row_group", "test_unpacked::test_what_was_unpacked_is_used_again_and_made_anew_when_it_is_not_whole", "test_unpacked::test_a_damaged_file_is_named_in_one_line", "test_unpacked::test_a_disk_that_is_full_is_said_before_and_while_unpacking"),
     186: tested("a data file given twice, or gone, among several", "test_store::test_a_file_given_twice_and_all_that_are_missing_are_refused_by_name", "test_field::test_all_files_that_are_missing_are_named"),
     187: tested("tar shards or no data among several data files", "test_field::test_what_the_field_met"), 188: tested("several files in another order at a resume", "test_field::test_several_files_are_one_set_of_records_for_a_run_and_its_resume"),
+    # what doctor, dry run, run and chat say
+    189: tested("a folder that is no model: another format, adapter, GGUF, quantised, cache, stage 1", "test_verdicts::test_a_folder_that_is_no_model", "test_verdicts::test_chat_says_of_a_wrong_folder_what_training_says"),
+    190: tested("a part in another's place", "test_verdicts::test_a_part_in_another_place_or_a_setting_that_does_not_fit", "test_verdicts::test_chat_with_another_kind_of_model_is_one_line"),
+    191: tested("doctor, dry run and run disagree", "test_field::test_what_the_field_met", "test_verdicts::test_several_problems_are_told_together_by_all_three", RECORD, FILE, PICTURE),
+    192: tested("tokenizer without the template's end token", "test_text::test_v1_ends_in_the_tokenizers_own_end_token", "test_verdicts::test_a_model_without_the_templates_end_token"),
+    193: tested("every bad record and picture in one data set, and the page of it", "test_doctor::test_everything_bad_at_once_is_found_and_shown_safely"),
 }

@@ -1,9 +1,12 @@
 """The doctor: one pass names every fault of records and pictures, by kind, and trains nothing."""
 import json
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from runs import config, make_world, run
+from test_catalogue_data import PICTURES, RECORDS, SOUND, of, said, shown, slug
 
 from llava_nb import train
 from llava_nb.imageproc import open_image
@@ -92,3 +95,65 @@ def test_a_picture_that_would_take_gigabytes_is_refused_before_it_is_decoded(tmp
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(ValueError, match=rf"it has {size[0]:,} x {size[1]:,} pixels; at most 50 million"):
         with open_image(tmp_path / "x.png"): pytest.fail("opened")
+
+
+HOSTILE = {
+    "markup in an id": of(said("Hi", ""), id="<script>alert(1)</script>"), "markup in a path": shown('"><img src=x onerror=alert(1)>.png'), "a terminal's codes": of(said("Hi", "x\x1b[2J\x9b31m\0"), id="\x1b]0;title\x07"),
+    "markup in a role": of([{"from": "</td><iframe src=//x>", "value": "\x1b"}]), "text that turns round": of(said("Hi", ""), id="\u202eab\u2028c"),
+    "markup in a key": {"id": "key", "<svg onload=alert(1)>": 1, "conversations": said("<b onclick=x>Hi</b>", "<style>*{display:none}</style>")},
+}
+
+
+class Page(HTMLParser):
+    """What a page is made of, and whether all that is opened is closed."""
+    ALONE, LEFT_OPEN = {"meta", "img", "br"}, {"td", "th", "tr", "p"}
+    def __init__(self): super().__init__(); self.open, self.tags, self.attributes, self.astray, self.text = [], set(), [], [], []
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag); self.attributes += attributes
+        if tag not in self.ALONE | self.LEFT_OPEN: self.open.append(tag)
+    def handle_endtag(self, tag):
+        if tag in self.LEFT_OPEN: return
+        if not self.open or self.open.pop() != tag: self.astray.append(tag)
+    def handle_data(self, text):
+        if not self.open or self.open[-1] != "style": self.text.append(text)
+
+
+def all_that_is_bad(world: Path) -> list:
+    """The sound record, every bad record and picture of the catalogue, those of the field, and some that attack the page."""
+    images = world / "images"
+    (images / "coco").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (60, 40), "teal").save(images / "coco" / "fine.png")
+    field = [r for case in json.loads((Path(__file__).parent / "field" / "cases.json").read_text()).values() if case["code"] == 2 and "model_max_length" not in case.get("settings", {}) for r in case.get("records", [])]
+    found = [SOUND, *(record for record, outcome, _ in RECORDS.values() if outcome == "bad"), *field, *HOSTILE.values()]
+    for case, (name, content, outcome, _) in PICTURES.items():
+        if outcome == "fine": continue
+        (images / slug(case)).mkdir(exist_ok=True)
+        (images / slug(case) / name).write_bytes(content)
+        found.append(shown(f"{slug(case)}/{name}"))
+    return found
+
+
+def test_everything_bad_at_once_is_found_and_shown_safely(world, capsys):
+    """One data set of all of them: each is found, by kind; the list has a line each; the page is well formed and does nothing."""
+    records = all_that_is_bad(world)
+    (world / "all.json").write_text("[" + ", ".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "]")
+    file, settings = config(world, "all_bad", data_path=str(world / "all.json"), image_folder=str(world / "images"))
+    assert train.main(["doctor", str(file), "--deep"]) == 2
+    told = "".join(capsys.readouterr())
+    assert "Traceback" not in told and not any(ord(c) < 32 and c not in "\n\t\r" or 127 <= ord(c) < 160 for c in told)
+    listed = [json.loads(line) for line in (world / "all_bad" / "findings.jsonl").read_text().splitlines()]
+    pictures = [outcome for _, _, outcome, _ in PICTURES.values() if outcome != "fine"]
+    noted = {len(records) - len(pictures) + k for k, outcome in enumerate(pictures) if outcome == "note"}
+    fine = noted | {0, *(k for k, r in enumerate(records) if isinstance(r, dict) and r.get("id") == "key")}
+    bad = {f["index"] for f in listed if f["kind"] != "note"}
+    assert set(range(len(records))) - fine - bad == set() and not bad & noted and 0 not in bad
+    for f in listed:
+        assert f["file"].endswith("all.json") and {"file", "index", "id", "kind", "field", "value", "what", "remedy"} <= f.keys() and f["what"]
+        assert len(f["value"] or "") <= 210 and len(f["message"]) < 2000 and (f["kind"] == "note" or f["remedy"]), f
+    assert len({f["kind"] for f in listed}) >= 8
+    html = (world / "all_bad" / "findings.html").read_text()
+    page = Page(); page.feed(html); page.close()
+    assert not page.astray and not page.open and page.tags <= {"meta", "title", "style", "h1", "h2", "table", "tr", "th", "td", "div", "b", "i", "p", "pre", "img", "span"}, (page.astray, page.open, page.tags)
+    assert not any(name.startswith("on") for name, _ in page.attributes) and all(value.startswith("data:image/jpeg;base64,") for name, value in page.attributes if name in ("src", "href"))
+    assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 or c in "\u2028\u2029\u202e" for c in html)
+    assert "<script>alert(1)</script>" in "".join(page.text)

@@ -633,3 +633,11 @@ def test_a_model_of_no_numbers_says_so(start, value, capsys):
     save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
     assert chat.main([str(start), "--ask", "What?", "--template", "v1", "--device", "cpu"]) == 2
     assert "not finite" in capsys.readouterr().err
+
+
+def test_a_fault_of_code_is_not_told_as_a_folders():
+    """What a library raises over a folder is one line; a name that does not exist is a traceback."""
+    from llava_nb import trust
+    with pytest.raises(ValueError, match="x: transformers cannot make a model of it"), trust.explained("x", "a model"): {}["key"]
+    with pytest.raises(NameError), trust.explained("x", "a model"): nowhere     # noqa: F821
+    with pytest.raises(AttributeError), trust.explained("x", "a model"): trust.nowhere

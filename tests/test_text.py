@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from llava_nb.chat_template import stops
 from llava_nb.conversation import IMAGE_TOKEN, TEMPLATES, get_template, normalise
 from llava_nb.llava import add_image_token
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
@@ -198,3 +199,24 @@ def test_a_template_that_closes_no_answer_is_refused():
 def test_the_sentinel_in_a_text_is_refused_by_the_encoder_too():
     with pytest.raises(ValueError, match=r"U\+FDD0"):
         Encoder(tiny_tokenizer(), 2048, 5, 64)(TEMPLATES["v1"].segments([{"from": "human", "value": "a"}, {"from": "gpt", "value": "\ufdd0\ufddf"}]))
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<eos>"])
+def test_v1_ends_in_the_tokenizers_own_end_token(end):
+    """A tokenizer without `</s>`: every answer's last learned id is its own end token, of which the chat stops."""
+    tokenizer = byte_level("", [end, "<pad>"])
+    tokenizer.eos_token, tokenizer.chat_template = end, None
+    template = get_template("v1", tokenizer)
+    encoder = Encoder(tokenizer, add_image_token(tokenizer), 4, 512)
+    turns = normalise({"conversations": [{"from": who, "value": text} for who, text in (("human", "Hi"), ("gpt", "It is </s>."), ("human", "And?"), ("gpt", "12"))]})
+    labels = encoder.uncut(template.segments(turns)).labels
+    ends = [k for k, label in enumerate(labels) if label != IGNORE_INDEX and (k + 1 == len(labels) or labels[k + 1] == IGNORE_INDEX)]
+    assert len(ends) == 2 and all(labels[k] == tokenizer.eos_token_id for k in ends) and labels.count(tokenizer.eos_token_id) == 2
+    assert template.stop == end and stops(template, encoder) == ([tokenizer.eos_token_id], "")
+    assert get_template("v1", tiny_tokenizer()).stop == "</s>"
+
+
+def test_v1_without_any_end_token_is_refused():
+    tokenizer = byte_level("", ["<pad>"])
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither that token nor an end token of its own; give one whose eos_token is set"): get_template("v1", tokenizer)

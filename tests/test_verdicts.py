@@ -137,6 +137,19 @@ def test_a_tokenizer_that_is_not_the_models(world, tmp_path, capsys):
     assert code == 2 and "the tokenizer has ids up to" in said
 
 
+def test_a_model_without_the_templates_end_token(world, tmp_path, capsys):
+    """A base model whose tokenizer ends in a token of its own: taken, and said."""
+    shutil.copytree(world / "start", tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        file = tmp_path / "other" / name
+        if file.is_file(): file.write_text(file.read_text().replace("</s>", "<eos>"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "other").eos_token == "<eos>"
+    file, _ = config(world, "ended", model=str(tmp_path / "other"))
+    for argv in (["doctor", str(file)], [str(file), "--dry_run"]):
+        assert train.main(argv) == 0
+        assert "note: template v1 ends answers with '<eos>', the end token of this tokenizer, which has no </s>" in capsys.readouterr().out
+
+
 def test_weights_that_are_not_whole(world, tmp_path, capsys):
     shutil.copytree(world / "start", tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
