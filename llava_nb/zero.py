@@ -94,7 +94,8 @@ def read_deepspeed_config(
         if key in config:
             raise ValueError(f"{path}: the key {shown(key)} makes DeepSpeed build its own and collapses the parameter groups (projector_lr would be ignored); remove it")
     _known_keys(config, path)
-    if config.get("zero_optimization", {}).get("stage") == 3: config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True      # else checkpoints are pickles of parts
+    config["zero_optimization"] = {"stage": 0} | config.get("zero_optimization", {})        # without a stage, accelerate refuses it in the run
+    if config["zero_optimization"]["stage"] == 3: config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True      # else checkpoints are pickles of parts
     if config.get("gradient_clipping", "auto") == "auto":
         config["gradient_clipping"] = max_grad_norm
     return _from_settings() | config
