@@ -44,7 +44,7 @@ import llava_nb.trust as trust
 import llava_nb.unpacked as unpacked
 import llava_nb.vision as vision
 import llava_nb.zero as zero
-from .terminal import Lines, one_line, printable, say, shown
+from .terminal import Lines, one_line, say, shown
 
 # %% ../nbs/37_checks.ipynb #b5c98feb
 @dataclass
@@ -83,9 +83,9 @@ def dry_model(
 ) -> transformers.LlavaForConditionalGeneration: # on the meta device
     "The model's shapes."
     vision.register_towers()
-    try: return llava.meta_llava(_whole(m) if m.model else _joined(m))
-    except (AttributeError, KeyError, TypeError, RuntimeError, AssertionError, ArithmeticError) as e:      # a library's way to say that a configuration is none
-        raise ValueError(f"{m.model or f'{m.language_model} and {m.vision_tower}'}: transformers makes no LLaVA of this ({type(e).__name__}: {printable(' '.join(str(e).split()), 300)})") from e
+    config = _whole(m) if m.model else _joined(m)
+    with trust.explained(m.model or f"{m.language_model}, {m.vision_tower}", "a LLaVA", (vision.WrongSetting,)):
+        return llava.meta_llava(_whole(m) if m.model else _joined(m))
 
 def _whole(m: config.ModelConfig) -> transformers.LlavaConfig:
     found = architecture(m.model)
@@ -108,7 +108,7 @@ def check_parts(c: Checked) -> None:
         with c.found.noted():
             if name := getattr(m, setting): _check_part(setting, name)
     if len(c.found.found) > before: return
-    with trust.explained(m.model or f"{m.language_model}, {m.vision_tower}", "a model", (vision.WrongSetting,)): c.shape = dry_model(m)
+    c.shape = dry_model(m)
     llava.freeze(c.shape, c.run.stage)
     if c.run.data.feature_cache and not isinstance(c.shape.config.vision_feature_layer, int):
         raise ValueError(f"feature_cache keeps one hidden state of a picture, and {m.model} uses the layers {c.shape.config.vision_feature_layer}; leave it out")

@@ -8,7 +8,7 @@ __all__ = ['IMAGE_TOKEN', 'ROLES', 'SYSTEM', 'KINDS', 'Around', 'VICUNA', 'LLAMA
 
 # %% ../nbs/10_conversation.ipynb #0391a330
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from functools import lru_cache
 from typing import Any

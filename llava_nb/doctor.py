@@ -215,10 +215,14 @@ def page(
         parts += [f"<p>and {len(problems) - each:,} more, in findings.jsonl"] * (len(problems) > each) + [whole(p) for p in problems[:WHOLE]]
     for what, n in found.counts.most_common(): parts += [f"<h2>noted: {n:,} x {escape(what)}</h2>", *(whole(p) for p in found.notes[what][:1])]
     parts += ["<h2>what a run learns</h2>", *map(whole, found.samples[:12])]
-    return f"<!doctype html><meta charset=utf-8><title>findings</title><style>{_STYLE}</style>" + "".join(parts)
+    return f"<!doctype html><meta charset=utf-8><meta name=viewport content=width=device-width><title>findings</title><style>{_STYLE}</style>" + "".join(parts)
 
 WHOLE = 3       # findings of a kind that are shown with picture and text
-_STYLE = "body{font:15px system-ui;max-width:75em;margin:2em auto}td,th{text-align:left;padding:.2em .8em;vertical-align:top}h2{font-size:1.1em;margin-top:2em}.card{display:grid;grid-template-columns:170px 1fr;gap:1em;margin:1em 0;padding:.6em;border:1px solid #ccc}pre{white-space:pre-wrap}"
+_STYLE = """body{font:15px system-ui;max-width:75em;margin:2em auto;padding:0 1em;overflow-wrap:anywhere}
+table{border-collapse:collapse}td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top;min-width:3em}tr+tr{border-top:1px solid #eee}
+h2{font-size:1.1em;margin-top:2em}pre{white-space:pre-wrap}
+.card{display:grid;grid-template-columns:170px minmax(0,1fr);gap:1em;margin:1em 0;padding:.6em;border:1px solid #ccc}
+@media(max-width:700px){.card{grid-template-columns:minmax(0,1fr)}td,th{padding-right:.4em;font-size:13px}}"""
 
 def _table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     return f"<table><tr>{''.join(f'<th>{escape(h)}' for h in header)}{''.join('<tr>' + ''.join(f'<td>{escape(str(v))}' for v in row) for row in rows)}</table>"
