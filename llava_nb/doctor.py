@@ -219,7 +219,7 @@ def page(
 
 WHOLE = 3       # findings of a kind that are shown with picture and text
 _STYLE = """body{font:15px system-ui;max-width:75em;margin:2em auto;padding:0 1em;overflow-wrap:anywhere}
-table{border-collapse:collapse}td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top;min-width:3em}tr+tr{border-top:1px solid #eee}
+table{border-collapse:collapse}td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top;min-width:5em}tr+tr{border-top:1px solid #eee}
 h2{font-size:1.1em;margin-top:2em}pre{white-space:pre-wrap}
 .card{display:grid;grid-template-columns:170px minmax(0,1fr);gap:1em;margin:1em 0;padding:.6em;border:1px solid #ccc}
 @media(max-width:700px){.card{grid-template-columns:minmax(0,1fr)}td,th{padding-right:.4em;font-size:13px}}"""
