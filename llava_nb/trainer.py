@@ -296,11 +296,10 @@ class SealedTrainer(MeteredTrainer):
         if self.keep: rotate(folder.parent, self.keep, spare=self._spared())
 
     def _spared(self) -> list[Path]:
-        "Checkpoints that stay, however old: the best, and the one that this run goes on from."
+        "Checkpoints that stay, however old: the best."
         out, step = Path(self.args.output_dir), self.state.best_global_step
         if step is None and self.resumed: step = read_object(Path(self.resumed) / "trainer_state.json").get("best_global_step")
-        best = [out / f"checkpoint-{step}"] if self.args.load_best_model_at_end and step else []
-        return best + ([Path(self.resumed)] if self.resumed else [])
+        return [out / f"checkpoint-{step}"] if self.args.load_best_model_at_end and step else []
 
 # %% ../nbs/33_trainer.ipynb #4cdcea3e
 def last_step(
@@ -414,7 +413,7 @@ class ResultTrainer(SealedTrainer):
 
     def _check_room(self) -> None:
         out, steps = Path(self.args.output_dir), self.plan_sampler.plan.steps
-        if self.keep: rotate(out, self.keep, spare=self._spared())
+        if self.keep: rotate(out, self.keep, spare=[*self._spared(), *filter(None, [self.resumed])])      # the last one has yet to be read
         if missing_of(out, self.resumed, last_step(self.args, steps), self.recipe) == "all": clear(out / "exporting")
         room_for(self.args, steps, self.model, self.keep and self.keep + self.args.load_best_model_at_end, self.recipe, self.resumed)
 

@@ -9,7 +9,7 @@ from llava_nb.meter import shape_of
 from llava_nb.objective import token_weights
 from llava_nb.packing import Dealer, RowCost, deal, micro_steps_for
 from llava_nb.sampler import Plan, mix665k_sample
-from llava_nb.train import architecture
+from llava_nb.checks import architecture
 from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, plan_sampler
 from llava_nb.vision import vision_config
 

@@ -6,7 +6,7 @@ import torch
 from llava_nb.llava import llava_config, meta_llava
 from llava_nb.meter import Meter, Work, matmul_rate, shape_of, work_of
 from llava_nb.sampler import Plan
-from llava_nb.train import architecture
+from llava_nb.checks import architecture
 from llava_nb.trainer import PlanSampler
 from llava_nb.vision import vision_config
 

@@ -124,10 +124,11 @@ def test_convert_runs_no_pickle(tmp_path, write, capsys):
     assert said.count("\n") == 1 and "not converted" in said and not (tmp_path / "mark").exists() and not list(tmp_path.glob("to/*"))
 
 
-def test_the_doctor_reads_no_weights(world, tmp_path, capsys):
+def test_the_doctor_refuses_pickles_and_runs_none(world, tmp_path, capsys):
     bad = poisoned(Path(shutil.copytree(world / "start", tmp_path / "start")), "pytorch_model.bin", zipped, tmp_path / "mark")
     file = config(world, "doctor", model=str(bad), output_dir=str(tmp_path / "out"))[0]
-    assert train.main(["doctor", str(file)]) == 0 and not (tmp_path / "mark").exists()
+    assert train.main(["doctor", str(file)]) == 2 and not (tmp_path / "mark").exists()
+    assert "its weights are pickles (pytorch_model.bin)" in capsys.readouterr().err
 
 
 # Training state. It becomes safetensors and JSON; until then these cells may fail.
