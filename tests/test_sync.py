@@ -218,6 +218,21 @@ def test_imports_stand_in_cells_of_their_own(path):
 
 
 @by_notebook
+def test_a_demonstration_hides_no_name_of_its_module(path):
+    "A cell that is not exported and stores a name that the module imports or defines breaks what follows it"
+    own = set()
+    for cell in cells(path):
+        try: tree = ast.parse(source(cell))
+        except SyntaxError: continue          # a line of the shell
+        if source(cell).startswith("#| export"):
+            names = [alias.asname or alias.name for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names]
+            own |= {*names, *(node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))}
+        else:
+            stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            assert not stored & own, f"{stored & own}: rename it in {source(cell)[:100]!r}"
+
+
+@by_notebook
 def test_notebook_shows_what_it_does(path):
     shown = outputs(path)
     assert shown, "no cell has an output: run `make notebooks`"
