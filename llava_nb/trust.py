@@ -337,7 +337,7 @@ def load(
         return kind.from_pretrained(str(source), trust_remote_code=False, **settings)
 
 # %% ../nbs/02_trust.ipynb #582af201
-FLOORS = {"torch": "2.11", "transformers": "5.17", "safetensors": "0.8", "pillow": "12.3"}      # settings.ini says the same
+FLOORS = {"torch": "2.11", "transformers": "5.19", "safetensors": "0.8", "pillow": "12.3"}      # settings.ini says the same
 
 def check_versions() -> None:
     "Refuse libraries with known holes."
