@@ -61,6 +61,7 @@ class Checked:
     processor: object = None                                     # of images
     sets: dict[str, records.LlavaDataset] = field(default_factory=dict)      # by setting
     resume: str | None = None                                    # the checkpoint to go on from
+    writable: bool = False                                       # the output folder is as a run needs it
     hold: storage.Hold | None = None                             # on the output folder, of the first rank of a run
 
     @property
@@ -299,6 +300,7 @@ def check_output(c: Checked) -> None:
     else:
         c.hold = hold(out, c.held)
         c.resume = checkpoint.resolve_resume(c.run.run.resume, out)
+    c.writable = True
 
 def hold(
     folder: str | Path, # output folder
@@ -361,7 +363,7 @@ def check_plan(c: Checked) -> None:
     args.deepspeed = None         # which a plan would tell of its accumulation
     plan = trainer.plan_sampler(args, c.sets["data_path"], meter.shape_of(c.shape).row_cost).plan
     recipe = trainer.made_with(c.args, c.sets["data_path"])
-    if zero.rank() == 0: trainer.room_for(c.args, plan.steps, c.shape.to(precision(c.args)[0]), c.args.save_total_limit, recipe, c.resume)
+    if zero.rank() == 0 and c.writable: trainer.room_for(c.args, plan.steps, c.shape.to(precision(c.args)[0]), c.args.save_total_limit, recipe, c.resume)
 
 # %% ../nbs/37_checks.ipynb #d63b8f5b
 CHECKS: tuple[Callable[[Checked], None], ...] = (check_output, check_parts, check_projector, check_text, check_processor, check_records, check_pictures, check_resume, check_kernels, check_optimizer, check_plan)
