@@ -78,9 +78,11 @@ def decoding_memory(
 
 def _scans(image: Image.Image) -> bool:
     "Whether a JPEG comes in several scans: Pillow stops reading a header behind that of the first scan, which names all components if it is the only one."
-    size = 6 + 2 * image.layers
-    image.fp.seek(-size - 2, os.SEEK_CUR)
-    return bool(image.info.get("progressive")) or image.fp.read(5) != b"\xff\xda" + size.to_bytes(2, "big") + bytes([image.layers])
+    size, at = 6 + 2 * image.layers, image.fp.tell()
+    image.fp.seek(at - size - 2)
+    first = image.fp.read(5)
+    image.fp.seek(at)          # the next who asks begins from here too
+    return bool(image.info.get("progressive")) or first != b"\xff\xda" + size.to_bytes(2, "big") + bytes([image.layers])
 
 # %% ../nbs/12_imageproc.ipynb #5a1c3e02
 MAX_SCANS, MAX_SCANNED = 100, 1_000_000_000       # scans of a JPEG; pixels of all its scans together
@@ -102,8 +104,10 @@ def check_scans(
 ) -> None:
     "Refuse a JPEG of so many scans that decoding it would take minutes."
     if not _scans(image): return
-    image.fp.seek(-5, os.SEEK_CUR)
+    at = image.fp.tell()
+    image.fp.seek(max(0, at - 8 - 2 * image.layers))
     found = count_scans(image.fp.read())
+    image.fp.seek(at)
     if found > MAX_SCANS or found * image.width * image.height > MAX_SCANNED:
         more = "more than " * (found > MAX_SCANS)
         raise TooLarge(f"it has {more}{min(found, MAX_SCANS)} scans of {image.width:,} x {image.height:,} pixels and would take too long; save it anew")
