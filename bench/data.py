@@ -29,8 +29,8 @@ from transformers import CLIPImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import BLOCK, Gate, Records, encode
-from llava_nb.shards import Shards, write_shards
+from llava_nb.store.records import BLOCK, Gate, Records, encode
+from llava_nb.store.shards import Shards, write_shards
 
 ROOT = Path(__file__).parent.parent
 gate = lambda: Gate(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 576, 2048))      # noqa: E731

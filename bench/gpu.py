@@ -54,17 +54,17 @@ from step import VARIANTS  # which puts the repository on the path
 from device import Sampled  # noqa: I001
 from plan import cpu_name
 
-from llava_nb.attention import BACKENDS, register_attention, use_attention
-from llava_nb.cross_entropy import LOSS_KERNELS, use_loss_kernel
+from llava_nb.fast.attention import BACKENDS, register_attention, use_attention
+from llava_nb.fast.cross_entropy import LOSS_KERNELS, use_loss_kernel
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import RECOMPUTE, freeze, llava_config, meta_llava, parts, prepare, set_recompute
 from llava_nb.masking import IGNORE_INDEX
-from llava_nb.meter import Meter, device_rates, shape_of, work_of
+from llava_nb.fast.meter import Meter, device_rates, shape_of, work_of
 from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
 from llava_nb.packing import Dealer, collate_packed, collate_padded, micro_steps_for
 from llava_nb.sampler import Plan, mix665k_sample
-from llava_nb.zero import bytes_per_rank
+from llava_nb.fast.zero import bytes_per_rank
 
 CUDA, DEVICE = torch.cuda.is_available(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ARCHITECTURES = Path(__file__).resolve().parent.parent / "llava_nb" / "data" / "architectures"

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from plan import cpu_name
 
-from llava_nb.cross_entropy import linear_cross_entropy, loss_objection, text_logits, weighted_cross_entropy
+from llava_nb.fast.cross_entropy import linear_cross_entropy, loss_objection, text_logits, weighted_cross_entropy
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)

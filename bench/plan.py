@@ -20,7 +20,7 @@ import torch
 from llava_nb.packing import RowCost, deal
 from llava_nb.sampler import Plan, cut, waste
 
-COST = RowCost(attention=2.0e-5, image=9)     # LLaVA-1.5-7B, see nbs/23_meter.ipynb
+COST = RowCost(attention=2.0e-5, image=9)     # LLaVA-1.5-7B, see nbs/fast/05_meter.ipynb
 
 SYSTEM, ROLES, IMAGE = 35, 9, 575   # system prompt; role words and EOS a turn; 576 features for one marker
 MAX_LENGTH = 2048

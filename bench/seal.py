@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from plan import cpu_name
 
 from llava_nb.checkpoint import MANIFEST, fault, seal
-from llava_nb.state import Training, save_state
+from llava_nb.safe.state import Training, save_state
 
 
 def training(layers: int) -> Training:

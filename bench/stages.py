@@ -111,7 +111,7 @@ def version(name: str) -> str:
 def machine(args, keep: Keep) -> list[str]:
     "What it is, and how fast."
     import torch
-    from llava_nb.meter import matmul_rate
+    from llava_nb.fast.meter import matmul_rate
     found = {name: version(name) for name in LIBRARIES}
     where = {name: __import__(name).__file__ for name in ("deepspeed", "transformers") if found[name] != "none"}
     keep(python=platform.python_version(), versions=found, where=where, cuda=torch.version.cuda, cores=os.cpu_count())
@@ -165,7 +165,7 @@ def row_lengths(tokens: int) -> list[int]:
 def kernels(args, keep: Keep) -> list[str]:
     "Each attention and each loss, its proof and its time."
     import torch
-    from llava_nb.attention import BACKENDS, objection
+    from llava_nb.fast.attention import BACKENDS, objection
     device, dtype = ("cuda", torch.bfloat16) if cuda() else ("cpu", torch.float32)
     lengths, shapes = ([100, 156], {"toy": (4, 2, 16)}) if args.toy else (row_lengths(8192), HEADS)
     keep(tokens=sum(lengths), loss=loss_kernels(args, device, dtype))
@@ -192,7 +192,7 @@ def kernels_line(found: dict) -> str:
 
 def attention_kernel(backend: str, heads: tuple, lengths: list[int], device: str, dtype) -> dict:
     import torch
-    from llava_nb.attention import BACKENDS, objection
+    from llava_nb.fast.attention import BACKENDS, objection
     begun = time.perf_counter()
     told = {"objection": objection(backend, device, dtype, heads), "proof_s": time.perf_counter() - begun}
     if told["objection"]: return told
@@ -217,7 +217,7 @@ def attention_kernel(backend: str, heads: tuple, lengths: list[int], device: str
 def loss_kernels(args, device: str, dtype) -> dict:
     import loss
     import torch
-    from llava_nb.cross_entropy import LOSS_KERNELS, loss_objection
+    from llava_nb.fast.cross_entropy import LOSS_KERNELS, loss_objection
     names, sizes = ("positions", "rows", "width", "repeats"), (64, 500, 32, 2) if args.toy else (4096, 32_000, 4096, 10)
     torch_has = hasattr(torch.nn.functional, "linear_cross_entropy")
     found = {}

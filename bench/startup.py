@@ -34,7 +34,7 @@ from plan import cpu_name
 from llava_nb.checkpoint import save_llava
 from llava_nb.llava import tiny_llava
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.zero import free_port
+from llava_nb.fast.zero import free_port
 
 TRAIN, BIN = Path(__file__).resolve().parent.parent / "llava_nb" / "train.py", Path(sys.executable).parent
 FIXED = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}

@@ -196,7 +196,7 @@ def main() -> None:
     if args.variant == "write": return print(json.dumps(write_reference(model_of_smollm2_shape(args.layers), args.folder, args.steps)))
     if args.variant: return print(json.dumps(run(args)))
     if not args.precision:
-        from llava_nb.meter import bf16_is_faster
+        from llava_nb.fast.meter import bf16_is_faster
         args.precision = "bf16" if bf16_is_faster("cpu") else "float32"
         sys.argv += ["--precision", args.precision]
     pythons = dict.fromkeys(VARIANTS, sys.executable)

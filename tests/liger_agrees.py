@@ -5,7 +5,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"      # read when Triton is imported
 import torch  # noqa: E402
 
-from llava_nb.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection  # noqa: E402
+from llava_nb.fast.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection  # noqa: E402
 
 assert not loss_objection("liger", "cpu", torch.float32, tolerance=1e-5)
 assert "cannot leave row 499" in loss_objection("liger", "cpu", torch.float32, masked=True)

@@ -15,8 +15,8 @@ from transformers import CLIPImageProcessorPil, TrainerState
 from llava_nb.checkpoint import MADE_WITH, PLACE, begin_checkpoint, save_llava, seal
 from llava_nb.llava import PROJECTOR_FILE, tiny_llava
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.state import Training, save_state
-from llava_nb.zero import free_port
+from llava_nb.safe.state import Training, save_state
+from llava_nb.fast.zero import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS, STEPS, TIMEOUT = 96, 20, 240

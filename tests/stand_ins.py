@@ -12,7 +12,7 @@ import torch.nn.attention.flex_attention as flex
 import torch.nn.attention.varlen as varlen
 from torch.nn.attention.varlen import varlen_attn
 
-import llava_nb.attention as attention
+import llava_nb.fast.attention as attention
 
 CALLS = Counter()      # of the dense kernels, by name
 

@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from llava_nb import train
 from llava_nb.conversation import KINDS, get_template
-from llava_nb.doctor import self_test
+from llava_nb.safe.doctor import self_test
 from llava_nb.imageproc import open_image
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import Gate, Records
+from llava_nb.store.records import Gate, Records
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +260,8 @@ def test_a_picture_that_may_not_be_read(tmp_path):
     tmp_path.chmod(0o755)
     for above in tmp_path.parents[:2]: above.chmod(0o755)
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png"); (tmp_path / "x.png").chmod(0)
-    from llava_nb.doctor import look
-    from llava_nb.records import Folder
+    from llava_nb.safe.doctor import look
+    from llava_nb.store.records import Folder
     source = Folder(tmp_path)
     child = os.fork()
     if child == 0:

@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from llava_nb import config, train
-from llava_nb.config import UNSUPPORTED, DataConfig, read_settings, translate
+from llava_nb import train
+from llava_nb.run import config
+from llava_nb.run.config import UNSUPPORTED, DataConfig, read_settings, translate
 
 MEANT = {   # the reference's flags (ModelArguments, DataArguments, TrainingArguments) and removed transformers names -> ours
     ("model_name_or_path", "lmsys/vicuna-7b-v1.5"): {"language_model": "lmsys/vicuna-7b-v1.5"}, ("version", "v1"): {"template": "v1"}, ("version", "plain"): {"template": "plain"},

@@ -5,11 +5,11 @@ from torch.utils.data import Dataset
 
 from llava_nb.llava import llava_config, meta_llava, tiny_llava
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.meter import shape_of
+from llava_nb.fast.meter import shape_of
 from llava_nb.objective import token_weights
 from llava_nb.packing import Dealer, RowCost, deal, micro_steps_for
 from llava_nb.sampler import Plan, mix665k_sample
-from llava_nb.checks import architecture
+from llava_nb.run.checks import architecture
 from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, plan_sampler
 from llava_nb.vision import vision_config
 

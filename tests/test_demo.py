@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from runs import ROOT
 
-from llava_nb import demo, evals
+from llava_nb.demo import demo
+from llava_nb.run import evals
 from llava_nb.conversation import get_template, normalise
 
 
@@ -82,7 +83,7 @@ def test_scores_count_what_was_asked():
 @pytest.mark.slow
 def test_a_killed_demonstration_goes_on_where_it_was(tmp_path):
     """Killed with all its processes in the middle of stage 2: the second start trains no stage 1, and ends stage 2 from a checkpoint."""
-    out, command = tmp_path / "demo", [sys.executable, "-m", "llava_nb.demo", "--fast", "--out", str(tmp_path / "demo")]
+    out, command = tmp_path / "demo", [sys.executable, "-m", "llava_nb.demo.demo", "--fast", "--out", str(tmp_path / "demo")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT)
     deadline = time.monotonic() + 600
     while not list(out.glob("stage2/checkpoint-*/MANIFEST.json")) and time.monotonic() < deadline: time.sleep(.05)
@@ -97,7 +98,7 @@ def test_a_killed_demonstration_goes_on_where_it_was(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_the_demonstration_alone_stops_its_training_too(tmp_path):
-    out, command = tmp_path / "demo", [sys.executable, "-m", "llava_nb.demo", "--fast", "--out", str(tmp_path / "demo")]
+    out, command = tmp_path / "demo", [sys.executable, "-m", "llava_nb.demo.demo", "--fast", "--out", str(tmp_path / "demo")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
     for line in process.stdout:
         if line.startswith("step     1/"): break

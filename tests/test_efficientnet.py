@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from llava_nb.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, from_wheel, image_processor, register
+from llava_nb.demo.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, from_wheel, image_processor, register
 from llava_nb.llava import build_llava, freeze
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.vision import feature_count, register_towers

@@ -84,7 +84,7 @@ def test_the_best_checkpoint_is_known_after_a_resume_elsewhere(world):
 
 
 def test_a_save_that_failed_is_not_the_best():
-    from llava_nb.storage import StorageFailed
+    from llava_nb.safe.storage import StorageFailed
     from llava_nb.trainer import SealedTrainer
     from transformers import TrainerState
     class Failing(SealedTrainer):

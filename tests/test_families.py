@@ -91,7 +91,7 @@ def test_a_setting_that_the_frame_loses_is_named(config):
 
 
 def test_a_kernel_that_forgets_windows_makes_windowed_models_refused(monkeypatch):
-    import llava_nb.attention as attention
+    import llava_nb.fast.attention as attention
     sdpa = attention.BACKENDS["sdpa"]
     monkeypatch.setitem(attention.BACKENDS, "sdpa", lambda *given, sliding_window=None, **others: sdpa(*given, **others))
     llava._fault.cache_clear()

@@ -8,15 +8,15 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-import llava_nb.features as features
+import llava_nb.store.features as features
 import llava_nb.train as train
 from llava_nb.conversation import get_template
-from llava_nb.features import Extractor, cached_features
+from llava_nb.store.features import Extractor, cached_features
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import load_llava, load_tower, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.meter import Work
-from llava_nb.records import LlavaDataset
+from llava_nb.fast.meter import Work
+from llava_nb.store.records import LlavaDataset
 from runs import config, farthest, launch, make_world, run, weights
 
 SHORT = {"max_steps": 4, "save_steps": 4, "sampler": "modality"}

@@ -15,7 +15,7 @@ from transformers import AutoProcessor, CLIPImageProcessorPil, LlamaConfig, Llam
 from llava_nb import train
 from llava_nb.checkpoint import MADE_WITH
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.shards import write_shards
+from llava_nb.store.shards import write_shards
 
 CASES = json.loads((Path(__file__).parent / "field" / "cases.json").read_text())
 

@@ -16,11 +16,11 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from llava_nb.conversation import KINDS, get_template
-from llava_nb.doctor import Findings, look, summary, write
+from llava_nb.safe.doctor import Findings, look, summary, write
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.packing import collate_packed
-from llava_nb.records import Folder, Gate, LlavaDataset, Records, encode, record_id, with_pictures
+from llava_nb.store.records import Folder, Gate, LlavaDataset, Records, encode, record_id, with_pictures
 
 COUNT, PICTURES = int(os.environ.get("FUZZ", 3000)), int(os.environ.get("FUZZ_PICTURES", 300))
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 200)

@@ -14,15 +14,15 @@ from runs import ROOT, TIMEOUT, config, farthest, losses, make_world, weights
 from test_model import SHAPE, loss_and_gradients, samples
 
 from llava_nb import train, trainer
-from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
-from llava_nb.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection
-from llava_nb.guard import finite
+from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
+from llava_nb.fast.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection
+from llava_nb.safe.guard import finite
 from llava_nb.llava import RECOMPUTE, freeze, set_recompute, tiny_llava
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.meter import matmul_rate
+from llava_nb.fast.meter import matmul_rate
 from llava_nb.objective import row_loss
 from llava_nb.packing import collate_packed
-from llava_nb.state import random_state, set_random_state
+from llava_nb.safe.state import random_state, set_random_state
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import ROOT, TIMEOUT
 
-from llava_nb.guard import finite
+from llava_nb.safe.guard import finite
 
 WRONG = (float("nan"), float("inf"), -float("inf"))
 

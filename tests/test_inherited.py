@@ -9,13 +9,15 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from llava_nb import checks, config, train, trainer
+from llava_nb import train, trainer
+from llava_nb.run import checks
+from llava_nb.run import config
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
-from llava_nb.inherited import ACTS, AS_IT_IS, REFUSED, refused
+from llava_nb.run.inherited import ACTS, AS_IT_IS, REFUSED, refused
 from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import LlavaDataset
+from llava_nb.store.records import LlavaDataset
 from llava_nb.trainer import OWN, LlavaTrainer, LlavaTrainingArguments, loading
 
 FIELDS = {f.name: f for f in fields(TrainingArguments) if f.init}

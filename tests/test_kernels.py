@@ -12,7 +12,7 @@ from runs import ROOT, TIMEOUT, config, launch, make_world
 from test_model import SHAPE, assert_equal, loss_and_gradients, samples
 from torch._dynamo.utils import counters
 
-from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
+from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.llava import RECOMPUTE, freeze, set_recompute, tiny_llava
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.objective import row_loss
@@ -69,11 +69,11 @@ def test_a_kernel_that_forgets_the_window_is_caught(backend, monkeypatch):
 
 
 def test_auto_says_what_it_refuses_and_why(monkeypatch):
-    monkeypatch.setattr("llava_nb.attention.objection", lambda backend, device, dtype, heads, window: "it is warm" if backend == "varlen" else "it is far" if backend == "flash" and window else "")
+    monkeypatch.setattr("llava_nb.fast.attention.objection", lambda backend, device, dtype, heads, window: "it is warm" if backend == "varlen" else "it is far" if backend == "flash" and window else "")
     assert choose_attention("auto", "cuda", torch.bfloat16, windows=(None, 512)) == ("flex", {"varlen": "it is warm", "flash": "it is far"})
     assert choose_attention("auto", "cuda", torch.bfloat16) == ("flash", {"varlen": "it is warm"})
     with pytest.raises(ValueError, match="'flash' cannot be used on cuda .*: it is far; 'auto' takes"): choose_attention("flash", "cuda", torch.bfloat16, windows=(None, 512))
-    monkeypatch.setattr("llava_nb.attention.objection", lambda backend, *rest: "no")
+    monkeypatch.setattr("llava_nb.fast.attention.objection", lambda backend, *rest: "no")
     assert choose_attention("auto", "cuda", torch.bfloat16) == ("sdpa", dict.fromkeys(("varlen", "flash", "flex"), "no"))
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from llava_nb.llava import llava_config, meta_llava
-from llava_nb.meter import Meter, Work, matmul_rate, shape_of, work_of
+from llava_nb.fast.meter import Meter, Work, matmul_rate, shape_of, work_of
 from llava_nb.sampler import Plan
-from llava_nb.checks import architecture
+from llava_nb.run.checks import architecture
 from llava_nb.trainer import PlanSampler
 from llava_nb.vision import vision_config
 

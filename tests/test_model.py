@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil, LlamaConfig, LlavaForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
-from llava_nb.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
+from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.checkpoint import save_llava, save_projector
-from llava_nb.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection, text_logits, use_loss_kernel, weighted_cross_entropy
+from llava_nb.fast.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection, text_logits, use_loss_kernel, weighted_cross_entropy
 from llava_nb.llava import (RECOMPUTE, add_image_token, build_llava, freeze, load_llava, load_projector, load_tower, parts, projector_state, set_recompute, tiny_llava,
                             unused_layers)
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from llava_nb import train
-from llava_nb.config import Problems, Several
-from llava_nb.storage import NoCheckpoint
+from llava_nb.run.config import Problems, Several
+from llava_nb.safe.storage import NoCheckpoint
 
 WRONG = {"learnin_rate": "did you mean 'learning_rate'", "learning_rate": "invalid float value: 'fast'", "max_steps": "invalid int value: '2.5'", "zero": "zero 9 is unknown", "template": "template 'vicuna' is unknown",
          "bits": "--bits 4 is not supported", "mm_vision_select_feature": "--mm_vision_select_feature 'cls' is unknown", "data_path": "data_path: /none.json does not exist", "image_folder": "image_folder: /none does not exist",

@@ -16,12 +16,12 @@ from runs import RECORDS, STEPS, TIMEOUT, captions, config, farthest, launch, lo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_nb.conversation import get_template
-from llava_nb.demo import tower_from_wheel
+from llava_nb.demo.demo import tower_from_wheel
 from llava_nb.llava import load_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.meter import shape_of
+from llava_nb.fast.meter import shape_of
 from llava_nb.packing import Dealer, micro_steps_for
-from llava_nb.records import encode
+from llava_nb.store.records import encode
 from llava_nb.sampler import Plan
 from llava_nb.trainer import PlanSampler
 

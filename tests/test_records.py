@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
-from llava_nb.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, read_records
+from llava_nb.store.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, read_records
 
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 256)
 CLIP = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from runs import ROOT, TIMEOUT, command, config, farthest, launch, losses, make_world, run, small_checkpoint, started, weights
 
 from llava_nb.checkpoint import MADE_WITH, MANIFEST, PLACE, UNSEALED, checkpoints, fault, resolve_resume, rotate, seal
-from llava_nb.state import STATE_FILE, part_file
-from llava_nb.storage import NoCheckpoint, hold, known, note
+from llava_nb.safe.state import STATE_FILE, part_file
+from llava_nb.safe.storage import NoCheckpoint, hold, known, note
 
 
 @pytest.fixture(scope="module")

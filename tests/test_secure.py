@@ -23,10 +23,11 @@ from runs import config, launch, make_world, run
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import llava_nb.convert as convert
+import llava_nb.safe.convert as convert
 import llava_nb.imageproc as imageproc
-import llava_nb.trust as trust
-from llava_nb import chat, checks, train
+import llava_nb.safe.trust as trust
+from llava_nb import chat, train
+from llava_nb.run import checks
 from llava_nb.checkpoint import seal
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import Bounded, Refused, open_image
@@ -35,7 +36,7 @@ from llava_nb.masking import tiny_tokenizer
 from llava_nb.vision import image_processor_for
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = sorted((ROOT / "llava_nb").glob("*.py"))
+MODULES = sorted((ROOT / "llava_nb").rglob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_a_sharded_model_folder_is_converted_and_says_the_same(world, tmp_path):
 
 
 CHILD = """import socket, subprocess, os, sys
-from llava_nb import convert
+from llava_nb.safe import convert
 def tried(act):
     try: act(); return "done"
     except PermissionError: return "refused"
@@ -231,7 +232,7 @@ HOLE = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
 [getattr(libc, name) for name in ("open", "truncate", "unlink", "symlink", "execl", "kill")]      # taken before the walls are up, as a hole in a reader written in C would have it
-import torch, llava_nb.convert as convert
+import torch, llava_nb.safe.convert as convert
 OUTSIDE = {outside!r}.encode()
 def attempts():
     yield "writes", libc.open(OUTSIDE + b"/new", os.O_WRONLY | os.O_CREAT, 0o600) >= 0
@@ -638,7 +639,7 @@ def test_a_model_of_no_numbers_says_so(start, value, capsys):
 
 def test_a_fault_of_code_is_not_told_as_a_folders():
     """What a library raises over a folder is one line; a name that does not exist is a traceback."""
-    from llava_nb import trust
+    from llava_nb.safe import trust
     with pytest.raises(ValueError, match="x: transformers cannot make a model of it"), trust.explained("x", "a model"): {}["key"]
     with pytest.raises(NameError), trust.explained("x", "a model"): nowhere     # noqa: F821
     with pytest.raises(AttributeError), trust.explained("x", "a model"): trust.nowhere

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 import llava_nb.train as train
-from llava_nb.shards import Shards, is_shards, write_shards
+from llava_nb.store.shards import Shards, is_shards, write_shards
 from runs import config, farthest, launch, make_world, weights
 
 

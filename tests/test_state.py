@@ -16,10 +16,10 @@ from llava_nb import train
 from llava_nb.checkpoint import MADE_WITH, MANIFEST, check_same, describe, seal
 from llava_nb.packing import Dealer
 from llava_nb.sampler import Plan
-from llava_nb.state import STATE_FILE, Parts, Training, keep_global_batch, load_random, load_state, part_file, read_index, save_state, write_index, write_part
-from llava_nb.storage import NoCheckpoint
+from llava_nb.safe.state import STATE_FILE, Parts, Training, keep_global_batch, load_random, load_state, part_file, read_index, save_state, write_index, write_part
+from llava_nb.safe.storage import NoCheckpoint
 from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, made_with
-from llava_nb.zero import free_port
+from llava_nb.fast.zero import free_port
 
 # 32 records in global batches of 8: four steps an epoch, so that step 3 is in the first epoch and step 6 in the second.
 SMALL = {"max_steps": 9, "save_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from runs import ROOT, TIMEOUT, captions, command, config, farthest, launch, losses, make_world, run, small_checkpoint, started, weights
 
-from llava_nb import checkpoint, storage, train
+from llava_nb import checkpoint, train
+from llava_nb.safe import storage
 from llava_nb.checkpoint import MANIFEST, checkpoints, fault, seal
 from llava_nb.llava import load_llava
-from llava_nb.storage import FAIL_POINTS, StorageFailed
+from llava_nb.safe.storage import FAIL_POINTS, StorageFailed
 from llava_nb.trainer import _remedy, bytes_in, checkpoint_bytes, saves_of
 
 SHORT = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 4, "save_total_limit": 2}      # saves at 2, 4 and 6, one rotation
@@ -56,7 +57,7 @@ CHAIN = ["seal.file:3", "file.new:4", "seal.done:1", "rotate.unsealed:1", "expor
 
 def test_every_named_point_lies_in_the_code_and_every_point_in_the_code_is_named():
     import re
-    used = [name for path in (ROOT / "llava_nb").glob("*.py") for name in re.findall(r'fail_point\("([\w.]+)"\)', path.read_text())]
+    used = [name for path in (ROOT / "llava_nb").rglob("*.py") for name in re.findall(r'fail_point\("([\w.]+)"\)', path.read_text())]
     assert set(used) == set(FAIL_POINTS) and len(FAIL_POINTS) >= 25
 
 

@@ -14,11 +14,11 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-import llava_nb.records as records
+import llava_nb.store.records as records
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, file_names, read_records
+from llava_nb.store.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, file_names, read_records
 
 ENCODER, V1 = Encoder(tiny_tokenizer(), 2048, 16, 256), get_template("v1")
 GATE = Gate(V1, ENCODER)

@@ -14,7 +14,7 @@ from llava_nb.checkpoint import read_back, save_llava
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import add_image_token, tiny_llava
 from llava_nb.masking import Encoder, add_spoken, check_spoken, tiny_tokenizer
-from llava_nb.storage import StorageFailed
+from llava_nb.safe.storage import StorageFailed
 
 QUESTIONS = ["What is in the picture?", "And what else?", "Is it large?"]
 CLIP = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})

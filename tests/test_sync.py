@@ -19,14 +19,14 @@ if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(p for p in (ROOT / "llava_nb").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "llava_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 IMPORT_NAMES = {"pillow": "PIL", "protobuf": "google"}       # where a requirement and its import differ
 NEVER = {"fastcore", "nbdev", "execnb", "IPython"}           # they change under patch releases; an exported module uses none of them
 KB = 1024
 
-by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-by_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+by_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: within(p))
+by_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: within(p))
 
 
 def settings() -> dict:
@@ -41,6 +41,11 @@ def required() -> set[str]:
 
 def cells(path: Path, kind: str = "code") -> list[dict]:
     return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+
+
+def within(path: Path) -> str:
+    "Where a notebook or module lies, as an id: `fast/attention`"
+    return str(path.relative_to(ROOT / path.relative_to(ROOT).parts[0]).with_suffix(""))
 
 
 def source(cell: dict) -> str: return "".join(cell["source"])
@@ -77,11 +82,11 @@ def exported(tmp_path_factory) -> Path:
 
 
 def test_package_is_what_the_notebooks_export(exported):
-    same(files_under(exported / "llava_nb", "*.py"), files_under(ROOT / "llava_nb", "*.py"), "edit the notebook, `make export`, delete stale modules")
+    same(files_under(exported / "llava_nb", "**/*.py"), files_under(ROOT / "llava_nb", "**/*.py"), "edit the notebook, `make export`, delete stale modules")
 
 
 def test_notebooks_are_clean(exported):
-    same(files_under(exported / "nbs", "*.ipynb"), files_under(ROOT / "nbs", "*.ipynb"), "run `.venv/bin/nbdev_clean`")
+    same(files_under(exported / "nbs", "**/*.ipynb"), files_under(ROOT / "nbs", "**/*.ipynb"), "run `.venv/bin/nbdev_clean`")
 
 
 def test_readme_is_generated(tmp_path):
@@ -94,7 +99,7 @@ def test_readme_is_generated(tmp_path):
 
 def test_readme_names_every_notebook():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [p.name for p in NOTEBOOKS if p.stem != "index" and f"(nbs/{p.name})" not in text], "run `make notebooks`"
+    assert not [p.name for p in NOTEBOOKS if p.stem != "index" and f"({p.relative_to(ROOT)})" not in text], "run `make notebooks`"
 
 
 # Metadata
@@ -155,7 +160,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import numpy, torch, transformers
 state = lambda: (dict(os.environ), random.getstate(), torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(), torch.get_default_dtype(), torch.get_num_threads())
 import deepspeed, transformers.trainer, transformers.models.llava.modeling_llava   # torch sets a cache directory when these are first imported
-for name in {[p.stem for p in MODULES]!r}:
+for name in {[within(p).replace('/', '.') for p in MODULES]!r}:
     for loaded in [m for m in sys.modules if m.split('.')[0] == 'llava_nb']: del sys.modules[loaded]
     before = state()
     importlib.import_module(f'llava_nb.{{name}}')
@@ -168,7 +173,7 @@ for name in {[p.stem for p in MODULES]!r}:
 
 
 def test_functions_are_short():
-    lengths = {f"{path.stem}.{node.name}": node.end_lineno - node.lineno + 1 for path in MODULES
+    lengths = {f"{within(path)}.{node.name}": node.end_lineno - node.lineno + 1 for path in MODULES
                for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
     assert not {name: n for name, n in lengths.items() if n > 60}
     assert statistics.median(lengths.values()) <= 10

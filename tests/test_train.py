@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from llava_nb import train
-from llava_nb.config import MEANINGLESS, RENAMED, TRANSLATED, UNSUPPORTED, translate
+from llava_nb.run.config import MEANINGLESS, RENAMED, TRANSLATED, UNSUPPORTED, translate
 from llava_nb.masking import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,13 +16,14 @@ from PIL import Image
 from pyarrow import parquet
 from transformers import CLIPImageProcessorPil
 
-from llava_nb import records as reading
-from llava_nb import train, unpacked
+from llava_nb.store import records as reading
+from llava_nb import train
+from llava_nb.store import unpacked
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform, TooLarge
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import Folder, LlavaDataset, held_name, image_held, read_records
-from llava_nb.unpacked import Unpacked, unpack, with_unpacked
+from llava_nb.store.records import Folder, LlavaDataset, held_name, image_held, read_records
+from llava_nb.store.unpacked import Unpacked, unpack, with_unpacked
 from runs import config, farthest, launch, make_world, verdicts, weights
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -134,8 +135,8 @@ def test_memory_is_bounded_by_a_row_group(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from llava_nb.records import read_records
-from llava_nb.unpacked import unpack
+from llava_nb.store.records import read_records
+from llava_nb.store.unpacked import unpack
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 file, before = Path(sys.argv[1]), peak()
 assert sum(1 for _ in read_records(file)) == 40
@@ -189,7 +190,7 @@ def test_a_flipped_bit_is_never_another_image(tmp_path):
 
 def test_a_disk_that_is_full_is_said_before_and_while_unpacking(tmp_path, monkeypatch):
     file = write(tmp_path / "a.parquet", [record(k, {"bytes": png(k), "path": None}) for k in range(6)])
-    code = "import resource, sys; from pathlib import Path; from llava_nb.unpacked import unpack; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); unpack([Path(sys.argv[1])], Path(sys.argv[2]))"
+    code = "import resource, sys; from pathlib import Path; from llava_nb.store.unpacked import unpack; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); unpack([Path(sys.argv[1])], Path(sys.argv[2]))"
     done = subprocess.run([sys.executable, "-c", code, str(file), str(tmp_path / "small")], capture_output=True, text=True)
     assert done.returncode == 1 and "no room to unpack the images of" in done.stderr and "(File too large); name another place with --records_cache" in done.stderr
     assert unpack([file], tmp_path / "small") and len(with_unpacked([file], None, tmp_path / "small").shards) == 6       # what it left is made anew

@@ -14,7 +14,8 @@ from runs import config, make_world, verdict, verdicts
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from llava_nb import chat, storage, train
+from llava_nb import chat, train
+from llava_nb.safe import storage
 from llava_nb.masking import tiny_tokenizer
 
 
@@ -213,7 +214,7 @@ def test_a_dry_run_says_what_it_could_not_check(world, tmp_path, capsys):
 
 
 def test_a_dry_run_converts_once_and_the_run_reads_it(world, tmp_path, capsys, monkeypatch):
-    from llava_nb import records
+    from llava_nb.store import records
     made, convert = [], records.convert
     monkeypatch.setattr(records, "convert", lambda *a: (made.append(1), convert(*a)))
     file, _ = config(world, "once", records_cache=str(tmp_path), projector=str(world / "no"))

@@ -21,10 +21,10 @@ from transformers import CLIPImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.records import Folder, LlavaDataset
+from llava_nb.store.records import Folder, LlavaDataset
 from llava_nb import train
-from llava_nb.watch import LossAlarm, launches, left_alone, program_of
-from llava_nb.zero import free_port
+from llava_nb.safe.watch import LossAlarm, launches, left_alone, program_of
+from llava_nb.fast.zero import free_port
 
 HANG = 4          # seconds
 
@@ -213,7 +213,7 @@ def stalling(tmp_path_factory) -> Path:
     program = tmp_path_factory.mktemp("stalling") / "stalling.py"
     program.write_text(f"""import os, sys, time
 sys.path[0] = {str(ROOT)!r}
-from llava_nb.records import Folder
+from llava_nb.store.records import Folder
 from llava_nb.train import program
 opened = Folder.open
 def stalls(folder, name):
@@ -264,7 +264,7 @@ class Failing(Folder):
 
 
 def test_a_read_that_fails_for_a_moment_is_tried_again_and_then_named(world, capsys, monkeypatch):
-    monkeypatch.setattr("llava_nb.records.PAUSES", (.01, .01, .01))
+    monkeypatch.setattr("llava_nb.store.records.PAUSES", (.01, .01, .01))
     tokenizer = tiny_tokenizer()
     encoder, transform = Encoder(tokenizer, len(tokenizer) - 1, 16, 256), ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), "pad")
     records = [r for r in json.loads((world / "records.json").read_text()) if "image" in r]

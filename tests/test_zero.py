@@ -4,10 +4,10 @@ import json
 import pytest
 import torch
 
-from llava_nb.checks import dry_model
-from llava_nb.config import ModelConfig
+from llava_nb.run.checks import dry_model
+from llava_nb.run.config import ModelConfig
 from llava_nb.trainer import LlavaTrainingArguments
-from llava_nb.zero import accumulate_in_float32, bytes_per_rank, deepspeed_config, fetch_whole_layers, read_deepspeed_config
+from llava_nb.fast.zero import accumulate_in_float32, bytes_per_rank, deepspeed_config, fetch_whole_layers, read_deepspeed_config
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -31,7 +31,7 @@ def write(folder: Path) -> None:
     nb = visible(nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4))
     body, resources = MarkdownExporter().from_notebook_node(nb, {"unique_key": "index", "output_files_dir": IMAGES})
     body = re.sub(r"[ \t]+$", "", body, flags=re.M)
-    body = re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", body)      # the notebooks' links to one another
+    body = re.sub(r"\]\(((?:\w+/)?\w+\.ipynb)\)", r"](nbs/\1)", body)      # the notebooks' links to one another
     (folder / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", encoding="utf-8")
     shutil.rmtree(folder / IMAGES, ignore_errors=True)
     for name, data in sorted(resources["outputs"].items()):
