@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, DynamicCache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 from .chat_template import as_trained, stops
 from .checkpoint import unsayable
 from .conversation import IMAGE_TOKEN, normalise

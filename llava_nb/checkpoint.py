@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase, TrainerState
 
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 import llava_nb.fast.zero as zero
 from .chat_template import as_trained, saved_generation, saved_tokenizer
 from .conversation import IMAGE_TOKEN, normalise

@@ -27,7 +27,7 @@ from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModel, Au
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 from .fast.attention import register_attention
 from .fast.cross_entropy import LossHead
 from .base.terminal import printable, shown

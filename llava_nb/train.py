@@ -35,6 +35,7 @@ import transformers
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from .base.problems import Problems, Refused
 import llava_nb.fast.attention as attention
 import llava_nb.fast.cross_entropy as cross_entropy
 import llava_nb.checkpoint as checkpoint
@@ -58,7 +59,7 @@ import llava_nb.sampler as sampler
 import llava_nb.safe.storage as storage
 import llava_nb.base.terminal as terminal
 import llava_nb.trainer as trainer
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 import llava_nb.vision as vision
 import llava_nb.safe.watch as watch
 import llava_nb.fast.zero as zero
@@ -68,7 +69,7 @@ def parse(
     argv: list[str], # command line without the program's name
 ) -> config.Run:
     "Read, translate, check names, types and combinations, and tell all that is wrong. Nothing is built."
-    given, wrong = config.read_settings(argv), config.Problems()
+    given, wrong = config.read_settings(argv), Problems()
     ours, notes = config.translate(given, wrong)
     settings = fitting(config.as_reference(given) | ours, wrong)
     for said in inherited.refused(settings, dataclasses.fields(trainer.LlavaTrainingArguments), trainer.OWN): wrong.add(ValueError(said))
@@ -152,7 +153,7 @@ def check_training(
     run: config.Run,
 ) -> None:
     "Types and choices of the training fields, without making them, which would join the ranks."
-    args, wrong = training_fields(run), config.Problems()
+    args, wrong = training_fields(run), Problems()
     for said in _values(run, args) + _together(run, args): wrong.add(ValueError(said))
     for check in (lambda: records.stopping([], run.data.bad_records), lambda: records.check_budget(0, 0, run.data.max_bad),
                   lambda: _check_template(run.data.template), lambda: _check_deepspeed(args),
@@ -169,7 +170,7 @@ def _check_deepspeed(args: argparse.Namespace) -> None:
         raise ValueError("DeepSpeed is not installed, and `zero` and `deepspeed` need it: pip install deepspeed, or train on one rank without them")
     if not path: return
     if not Path(path).is_file(): raise FileNotFoundError(f"deepspeed: {path} does not exist; --zero 2 and --zero 3 are the published scripts' settings")
-    wrong = config.Problems()
+    wrong = Problems()
     try: found = zero.read_deepspeed_config(path, "auto")
     except ValueError as e: raise ValueError(f"{e}; --zero 3 --offload True is zero3_offload.json without it" if "offload" in Path(path).name else str(e)) from None
     for line in zero.check_deepspeed_config(found, path, said, zero.world_size()): wrong.add(ValueError(line))
@@ -185,7 +186,7 @@ def training_fields(
 
 def fitting(
     settings: dict, # our names
-    problems: config.Problems, # takes what does not fit
+    problems: Problems, # takes what does not fit
 ) -> dict: # those of a known name and a value of its type
     "Look at each setting by itself."
     known = config.field_names(*config.CONFIGS, trainer.LlavaTrainingArguments)
@@ -214,9 +215,9 @@ def _words(settings: dict) -> list[str]:
 def made_arguments(
     run: config.Run,
     alone: bool, # to look at: no engine, no ranks
-) -> tuple[trainer.LlavaTrainingArguments | None, config.Problems]: # None: there is a problem
+) -> tuple[trainer.LlavaTrainingArguments | None, Problems]: # None: there is a problem
     "The typed training arguments, or what transformers has against them."
-    wrong = config.Problems()
+    wrong = Problems()
     with wrong.noted():
         try: return training_arguments(run, alone), wrong
         except (ImportError, TypeError, NotImplementedError, AttributeError) as e: raise ValueError(f"the training arguments cannot be used together: {' '.join(str(e).split())}") from e
@@ -604,7 +605,7 @@ def examine(
             doctor.write(c.findings, c.gate, out)
             terminal.say(f"all of them, with pictures: {out / 'findings.html'} and {out / 'findings.jsonl'}")
         except OSError as e: c.found.add(storage.unwritable(out, e.strerror or str(e)))
-    c.found.found = [config.Refused(said.rstrip(":"), getattr(p, "exit_code", 2)) for p in c.found.found for said in terminal.one_line(p).splitlines()[:1]]       # the records are listed above
+    c.found.found = [Refused(said.rstrip(":"), getattr(p, "exit_code", 2)) for p in c.found.found for said in terminal.one_line(p).splitlines()[:1]]       # the records are listed above
     checks.tell(c)
     return 0
 

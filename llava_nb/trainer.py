@@ -29,7 +29,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase,
 from .chat_template import saved_tokenizer
 from .checkpoint import (MADE_WITH, MANIFEST, UNSEALED, begin_checkpoint, checkpoints, fault, load_weights, publish, read_back, rotate, save_llava, save_projector,
                                  seal, seal_alone)
-from .run.config import Problems
+from .base.problems import Problems
 from .safe.guard import Guard
 from .run.inherited import refused
 from .llava import projector_state, set_recompute

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, LlavaImageProcessorPil, PreTrainedConfig
 
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 from .demo import efficientnet
 from .imageproc import background_from_mean
 from .base.terminal import printable, shown

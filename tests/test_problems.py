@@ -4,7 +4,7 @@ import json
 import pytest
 
 from llava_nb import train
-from llava_nb.run.config import Problems, Several
+from llava_nb.base.problems import Problems, Several
 from llava_nb.safe.storage import NoCheckpoint
 
 WRONG = {"learnin_rate": "did you mean 'learning_rate'", "learning_rate": "invalid float value: 'fast'", "max_steps": "invalid int value: '2.5'", "zero": "zero 9 is unknown", "template": "template 'vicuna' is unknown",

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 
 import llava_nb.safe.convert as convert
 import llava_nb.imageproc as imageproc
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 from llava_nb import chat, train
 from llava_nb.run import checks
 from llava_nb.checkpoint import seal
@@ -639,7 +639,7 @@ def test_a_model_of_no_numbers_says_so(start, value, capsys):
 
 def test_a_fault_of_code_is_not_told_as_a_folders():
     """What a library raises over a folder is one line; a name that does not exist is a traceback."""
-    from llava_nb.safe import trust
+    from llava_nb.base import trust
     with pytest.raises(ValueError, match="x: transformers cannot make a model of it"), trust.explained("x", "a model"): {}["key"]
     with pytest.raises(NameError), trust.explained("x", "a model"): nowhere     # noqa: F821
     with pytest.raises(AttributeError), trust.explained("x", "a model"): trust.nowhere

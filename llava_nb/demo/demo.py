@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 from . import efficientnet
 from ..run import evals
 from ..chat import Chat

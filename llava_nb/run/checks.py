@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..base.problems import Problems, Refused
 import llava_nb.fast.attention as attention
 import llava_nb.checkpoint as checkpoint
 import llava_nb.run.config as config
@@ -40,7 +41,7 @@ import llava_nb.store.shards as shards
 import llava_nb.safe.state as state
 import llava_nb.safe.storage as storage
 import llava_nb.trainer as trainer
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 import llava_nb.store.unpacked as unpacked
 import llava_nb.vision as vision
 import llava_nb.fast.zero as zero
@@ -54,7 +55,7 @@ class Checked:
     args: trainer.LlavaTrainingArguments | None                  # None: they could not be made, which is a problem that is told
     held: contextlib.ExitStack | None = None                     # takes the hold on the output folder; None: look only, change nothing
     findings: doctor.Findings | None = None                      # filled in, if given: the doctor's
-    found: config.Problems = field(default_factory=config.Problems)
+    found: Problems = field(default_factory=Problems)
     unknown: list[str] = field(default_factory=list)             # what a dry run could not check, and why
     shape: transformers.LlavaForConditionalGeneration | None = None      # the model without weights
     gate: records.Gate | None = None
@@ -383,8 +384,8 @@ def tell(
     "Raise what was found, on all ranks alike: the first rank's problems, then what only others have."
     told = zero.from_all_ranks([(one_line(p), getattr(p, "exit_code", 2)) for p in c.found.found])
     if len(told) == 1: return c.found.tell()
-    found = config.Problems()
+    found = Problems()
     for rank, problems in enumerate(told):
         for said, code in problems:
-            if rank == 0 or said not in dict(told[0]): found.add(config.Refused(f"rank {rank}: {said}" if rank else said, code))
+            if rank == 0 or said not in dict(told[0]): found.add(Refused(f"rank {rank}: {said}" if rank else said, code))
     found.tell()

@@ -4,22 +4,21 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'RENAMED', 'PARTS', 'CONVERSATIONS', 'TRANSLATED', 'UNSUPPORTED', 'MEANINGLESS', 'SWITCHES', 'SEVERAL',
-           'paths_in', 'ModelConfig', 'DataConfig', 'RunConfig', 'Run', 'field_names', 'Several', 'Refused', 'Problems',
-           'truth', 'plain', 'translate', 'as_given', 'as_reference', 'read_settings', 'read_json', 'check_names',
-           'by_stage', 'check', 'to_json']
+           'paths_in', 'ModelConfig', 'DataConfig', 'RunConfig', 'Run', 'field_names', 'truth', 'plain', 'translate',
+           'as_given', 'as_reference', 'read_settings', 'read_json', 'check_names', 'by_stage', 'check', 'to_json']
 
 # %% ../../nbs/run/02_config.ipynb #f7aa94f1
-import contextlib
 import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from ..base.terminal import Lines, one_line, printable, shown
+from ..base.problems import Problems
+from ..base.terminal import printable, shown
 
 # %% ../../nbs/run/02_config.ipynb #9e81159c
 def _setting(default, help: str):
@@ -107,45 +106,6 @@ def field_names(
 ) -> list[str]:
     "Names of the fields that a constructor takes."
     return [f.name for c in classes for f in fields(c) if f.init]
-
-# %% ../../nbs/run/02_config.ipynb #e8b4f2b4
-class Several(Lines):
-    "Problems that are told together."
-    def __init__(self,
-        problems: Sequence[Exception], # two at least
-        notes: Sequence[str] = (), # what to say besides
-    ):
-        self.problems, self.exit_code = list(problems), getattr(problems[0], "exit_code", 2)
-        super().__init__(f"{len(problems)} things are wrong:\n" + "\n".join([f"  {one_line(p)}" for p in problems] + [f"  besides, {note}" for note in notes]))
-
-class Refused(Lines):
-    "What another rank has refused, or what is told in short."
-    def __init__(self, said: str, exit_code: int = 2):
-        super().__init__(said)
-        self.exit_code = exit_code
-
-class Problems:
-    "What checks refuse, kept until all have run."
-    def __init__(self): self.found = []
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        "Keep what the block refuses."
-        try: yield
-        except (ValueError, OSError) as e: self.add(e)
-
-    def add(self, error: Exception) -> None:
-        "Keep one, or the several that it is made of; the same words once."
-        told = {one_line(p) for p in self.found}
-        self.found += [p for p in getattr(error, "problems", [error]) if one_line(p) not in told]
-
-    def tell(self,
-        notes: Sequence[str] = (), # what to say besides, if anything is wrong
-    ) -> None:
-        "Raise what was found, if anything was."
-        if len(self.found) == 1 and notes: raise ValueError("; besides, ".join((one_line(self.found[0]), *notes)))
-        if len(self.found) == 1: raise self.found[0]
-        if self.found: raise Several(self.found, notes)
 
 # %% ../../nbs/run/02_config.ipynb #92d87ffb
 def truth(

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-import llava_nb.safe.trust as trust
+import llava_nb.base.trust as trust
 from ..base.terminal import Parser, one_line, printable, say, shown
 
 # %% ../../nbs/safe/02_convert.ipynb #07446650
