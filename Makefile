@@ -1,6 +1,8 @@
 # Two commands: `make demo` trains and chats, `make test` checks everything. Both make .venv when it is missing.
 PYTHON ?= python3
 VENV   ?= .venv
+# The versions to install: those that are tested, or with constraints-floor.txt the lowest that settings.ini allows.
+CONSTRAINTS ?= constraints.txt
 # More words for pip. Without a GPU, PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" spares gigabytes of CUDA.
 PIP_FLAGS ?=
 
@@ -12,7 +14,7 @@ ENV    = PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(if
 PYTEST = $(ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 NBTEST = $(ENV) PYTHONPATH=$(CURDIR)/tests/no_network OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n-workers 2
 
-.PHONY: help demo test test-all torture audit bench export notebooks readme lab
+.PHONY: help demo test floor test-all torture audit bench export notebooks readme lab
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -26,6 +28,9 @@ test: $(STAMP)   ## the sync test, every notebook, every fast test
 	$(NBTEST)
 	$(PYTEST) tests --ignore tests/test_sync.py -n 2 --dist loadfile -m "not slow"
 
+floor:           ## make test on the lowest versions that settings.ini allows, in an environment of its own
+	$(MAKE) --no-print-directory test VENV=$(VENV)-floor CONSTRAINTS=constraints-floor.txt
+
 test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with several ranks
 	$(PYTEST) tests/test_sync.py
 	$(NBTEST) --flags slow --cell-timeout 2400
@@ -36,7 +41,7 @@ torture: $(STAMP) ## what a run survives, many times over: 50 kills at random in
 	KILLS=50 SIGNALS=20 FAILPOINTS=all FUZZ=200000 FUZZ_PICTURES=20000 SOAK=10000 $(PYTEST) tests/test_catalogue.py tests/test_reliability.py tests/test_storage.py tests/test_fuzz.py tests/test_soak.py
 
 audit: $(STAMP)  ## known holes in what is installed (pip-audit), doubtful calls in our own code (bandit)
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[audit]'
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[audit]'
 	$(BIN)/python tools/audit.py
 
 bench: $(STAMP)  ## time what is timed, one script after another
@@ -57,11 +62,11 @@ lab: $(STAMP)    ## the notebooks in JupyterLab
 	$(ENV) $(BIN)/jupyter lab --notebook-dir . nbs/index.ipynb
 
 # One install for all targets, done again only when one of these files changes.
-$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+$(STAMP): settings.ini $(CONSTRAINTS) setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "llava_nb needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -1). Try: make PYTHON=python3.12" >&2; exit 2; }
 	@echo "Installing into $(VENV) (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,demo]'
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps $(FILES)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[dev,demo]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c $(CONSTRAINTS) --no-deps $(FILES)
 	@touch $(STAMP)
