@@ -12,6 +12,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import llava_nb
 
@@ -118,6 +119,17 @@ def test_exact_pins_agree_with_the_constraints():
     pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints.txt").read_text(), re.M))
     exact = re.findall(r"([\w-]+)==([\w.]+)", " ".join(settings()[key] for key in ("dev_requirements", "demo_requirements", "demo_files")))
     assert exact and {name: pins.get(name) for name, _ in exact} == dict(exact)
+
+
+def test_the_floor_is_what_settings_allow():
+    "`make floor` runs on the lowest versions that settings.ini names, but for torch, which has no such wheel for a CPU"
+    lowest = dict(re.findall(r"([\w-]+)>=([\w.]+)", settings()["requirements"]))
+    floor = dict(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "constraints-floor.txt").read_text(), re.M))
+    lowest.pop("torch")
+    assert {name: Version(floor.get(name, "0")) for name in lowest} == {name: Version(version) for name, version in lowest.items()}
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    tools = set(floor) - set(lowest)
+    assert {name: floor[name] for name in tools} == {name: pins.get(name) for name in tools}
 
 
 # Exported code
