@@ -322,5 +322,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # %% ../nbs/14_chat.ipynb #1c2d537c
 if __name__ == "__main__" and "__file__" in globals():
+    import llava_nb.run.efficientnet      # registers this tower with transformers' Auto classes
     take_over()
     raise SystemExit(main())

@@ -31,7 +31,7 @@ import llava_nb.base.trust as trust
 from .fast.attention import register_attention
 from .fast.cross_entropy import LossHead
 from .base.terminal import printable, shown
-from .vision import Key, feature_count, hidden_states, image_size, load_vision_config, register_towers, strategy_for, unpartitioned
+from .vision import Key, feature_count, hidden_states, image_size, load_vision_config, strategy_for, unpartitioned
 
 # %% ../nbs/06_llava.ipynb #b7c00c6b
 PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}   # our name (the reference's) -> llava-hf's activation
@@ -517,7 +517,6 @@ def load_llava(
     dtype: str | torch.dtype = "auto", # "auto": as saved
 ) -> LlavaForConditionalGeneration:
     "A llava-hf model, ready for our rows. Partitioned while it is read where ZeRO-3 is on."
-    register_towers()
     check_llava(trust.load(AutoConfig, path), path)
     model = _whole(LlavaForConditionalGeneration, path, dtype=dtype)
     if not hasattr(model.config, "llava_nb"):      # a published checkpoint: `<image>` was the first row that was added

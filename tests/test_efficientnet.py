@@ -7,15 +7,14 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from llava_nb.demo.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, from_wheel, image_processor, register
+from llava_nb.run.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, from_wheel, image_processor
 from llava_nb.llava import build_llava, freeze
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.vision import feature_count, register_towers
+from llava_nb.vision import feature_count
 
 
 @pytest.fixture(scope="module")
 def tower():
-    register()
     return from_wheel()
 
 
@@ -65,9 +64,7 @@ def test_bfloat16(tower, pixels):
     assert torch.nn.functional.cosine_similarity(a, b.float(), dim=-1).mean() > 0.98
 
 
-@pytest.mark.parametrize("times", (1, 2))
-def test_registered_any_number_of_times(times):
-    for _ in range(times): register(); register_towers()
+def test_registered_when_imported():
     config = AutoConfig.for_model("efficientnet_lite")
     assert isinstance(config, EfficientNetLiteConfig) and (config.hidden_size, config.image_size) == (1280, 224)
     assert feature_count(config, -1, "full") == 49

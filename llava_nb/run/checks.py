@@ -27,6 +27,7 @@ from ..base.problems import Problems, Refused
 import llava_nb.fast.attention as attention
 import llava_nb.checkpoint as checkpoint
 import llava_nb.run.config as config
+import llava_nb.run.efficientnet      # registers this tower with transformers' Auto classes
 import llava_nb.chat_template as chat_template
 import llava_nb.conversation as conversation
 import llava_nb.fast.cross_entropy as cross_entropy
@@ -84,7 +85,6 @@ def dry_model(
     m: config.ModelConfig,
 ) -> transformers.LlavaForConditionalGeneration: # on the meta device
     "The model's shapes."
-    vision.register_towers()
     config = _whole(m) if m.model else _joined(m)
     with trust.explained(m.model or f"{m.language_model}, {m.vision_tower}", "a LLaVA", (vision.WrongSetting,)):
         return llava.meta_llava(_whole(m) if m.model else _joined(m))
@@ -105,7 +105,6 @@ def _joined(m: config.ModelConfig) -> transformers.LlavaConfig:
 def check_parts(c: Checked) -> None:
     "Each part is a whole folder of its kind, and together they make a LLaVA."
     m, before = c.run.model, len(c.found.found)
-    vision.register_towers()
     for setting in ("model", "language_model", "vision_tower"):
         with c.found.noted():
             if name := getattr(m, setting): _check_part(setting, name)
