@@ -103,6 +103,26 @@ def test_readme_names_every_notebook():
     assert not [p.name for p in NOTEBOOKS if p.stem != "index" and f"({p.relative_to(ROOT)})" not in text], "run `make notebooks`"
 
 
+def test_readme_is_read_on_one_sitting():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200
+
+
+def test_links_of_the_pages_lead_somewhere():
+    pages = [p for p in ROOT.glob("*.md")] + [p for p in (ROOT / "docs").glob("*.md")] + [ROOT / "bench" / "RESULTS.md"]
+    links = {(p, link) for p in pages for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", p.read_text(encoding="utf-8")) if "://" not in link}
+    assert len(links) > 40
+    assert not [f"{p.name}: {link}" for p, link in links if not (p.parent / link).exists()]
+
+
+def test_links_between_notebooks_lead_somewhere():
+    lost = []
+    for path in NOTEBOOKS:
+        text = "".join(source(cell) for cell in cells(path, "markdown"))
+        links = [link for link in re.findall(r"\]\(([^)#\s]+?)(?:#[^)]*)?\)", text) if "://" not in link]
+        lost += [f"{within(path)}: {link}" for link in links if not (path.parent / link).exists()]
+    assert not lost
+
+
 # Metadata
 
 
