@@ -39,6 +39,7 @@ from .base.problems import Problems, Refused
 import llava_nb.fast.attention as attention
 import llava_nb.fast.cross_entropy as cross_entropy
 import llava_nb.checkpoint as checkpoint
+import llava_nb.run.chat_command as chat_command
 import llava_nb.run.checks as checks
 import llava_nb.run.config as config
 import llava_nb.safe.convert as convert
@@ -401,7 +402,7 @@ def summary(
              f"used: {used} (strict model FLOPs), peak memory {found['peak_memory_gb']:.1f} GB a rank",
              f"final loss {next((h['loss'] for h in reversed(state.log_history) if 'loss' in h), float('nan')):.4f}", f"result: {args.output_dir}"]
     if args.stage == 1: lines.append(f"next:   stage 2 with --projector {args.output_dir}")
-    else: lines.append(f"chat:   python -m llava_nb.chat {args.output_dir} --image PICTURE")
+    else: lines.append(f"chat:   llava_nb chat {args.output_dir} --image PICTURE")
     return "\n".join(lines)
 
 # %% ../nbs/run/06_train.ipynb #900f7f53
@@ -580,6 +581,7 @@ LLaVA's own flags (pretrain.sh, finetune.sh) are understood as they are.
   deepspeed --num_gpus 2 llava_nb/train.py CONFIG.json
   llava_nb CONFIG.json --dry_run                     the plan of the run, no weights
   llava_nb launch --restarts 3 CONFIG.json           the same, started again after exit codes 6, 8, 75 and 137
+  llava_nb chat RUN --image X.png                    ask the trained model about an image
   llava_nb convert SRC DST                           weights in a pickle (.bin, .pt, .pth) to safetensors
   llava_nb doctor CONFIG.json [--deep]               every bad record and picture, by kind; exit code 2 if a run would stop
   llava_nb verify RUN                                what of a run's folder is whole, can be resumed, or was changed
@@ -632,6 +634,7 @@ def main(
     "Parse, check, train."
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["convert"]: return convert.main(argv[1:])
+    if argv[:1] == ["chat"]: return chat_command.main(argv[1:])
     if argv[:1] == ["launch"]: return launch.launch(argv[1:])
     if not argv or set(argv) & {"--help", "-h"}:
         terminal.say(help_text()); return 0 if argv else 2

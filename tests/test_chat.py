@@ -1,4 +1,5 @@
 """Chat: one template with training, a cache that changes nothing, streams that add up, errors that name their cause."""
+import signal
 import subprocess
 import sys
 
@@ -8,10 +9,11 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava_nb.chat import Chat, Prompter, Reader, common_prefix, human_turn, main, next_token, visible
+from llava_nb.chat import Chat, Prompter, Reader, common_prefix, human_turn, next_token, visible
 from llava_nb.chat_template import stops
 from llava_nb.checkpoint import save_llava, save_projector, unsayable
 from llava_nb.llava import tiny_llava
+from llava_nb.run.chat_command import main
 from llava_nb.conversation import get_template
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
 
@@ -273,12 +275,34 @@ def test_command_line(parts, saved, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert out.count(answers[0]) >= 2 and answers[2] in out and "no picture was given" in out and "nowhere.png" in out
     assert main([str(tmp_path / "none" / "x"), "--ask", "?"]) == 2
-    assert capsys.readouterr().err.startswith("llava_nb.chat: ")
+    assert capsys.readouterr().err.startswith("llava_nb chat: ")
 
 
 @pytest.mark.slow
 def test_as_a_module(parts, saved, tmp_path):
     picture(0).save(tmp_path / "x.png")
-    run = subprocess.run([sys.executable, "-m", "llava_nb.chat", str(saved), "--image", str(tmp_path / "x.png"), "--ask", QUESTIONS[0], "--max_new_tokens", "12"],
+    run = subprocess.run([sys.executable, "-m", "llava_nb.train", "chat", str(saved), "--image", str(tmp_path / "x.png"), "--ask", QUESTIONS[0], "--max_new_tokens", "12"],
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and run.stdout.strip() == talk(Chat(*parts))[0]
+
+
+@pytest.mark.parametrize("images", [["--image", "a.png", "b.png"], ["--image", "a.png", "--image", "b.png"]])
+def test_several_images_for_one_question_are_refused_before_the_model_is_loaded(images, capsys):
+    with pytest.raises(SystemExit) as ended: main(["no/such/model", *images, "--ask", "What?"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "2 images were given and a question takes one" in said and "/image PATH" in said and "no such folder" not in said
+
+
+def test_the_command_leaves_the_signal_handlers_as_they_were(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert main([str(tmp_path), "--ask", "What?"]) == 2
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_ctrl_c_ends_a_conversation_and_not_with_the_trainings_code(saved):
+    """The program's own handlers ask for a checkpoint (75); a chat ends with 0."""
+    chat = subprocess.Popen([sys.executable, "-m", "llava_nb.train", "chat", str(saved)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert chat.stdout.read(5) == b"you> "
+    chat.send_signal(signal.SIGINT)
+    said, err = chat.communicate(timeout=60)
+    assert chat.returncode == 0 and b"Traceback" not in err and b"outside of training" not in err, err

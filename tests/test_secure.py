@@ -27,7 +27,7 @@ import llava_nb.safe.convert as convert
 import llava_nb.imageproc as imageproc
 import llava_nb.base.trust as trust
 from llava_nb import chat, train
-from llava_nb.run import checks
+from llava_nb.run import chat_command, checks
 from llava_nb.checkpoint import seal
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import Bounded, Refused, open_image
@@ -93,7 +93,7 @@ ENTRIES = {
     "train vision_tower=": lambda w, t, bad: by_train(w, t, model=None, language_model=str(w / "llm"), vision_tower=str(bad("tower")), projector="random"),
     "train projector=": lambda w, t, bad: by_train(w, t, projector=str(bad("start"))),
     "feature cache": lambda w, t, bad: by_train(w, t, model=str(bad("start")), feature_cache=str(t / "features")),
-    "chat": lambda w, t, bad: chat.main([str(bad("start")), "--ask", "What?"]),
+    "chat": lambda w, t, bad: chat_command.main([str(bad("start")), "--ask", "What?"]),
     "convert": lambda w, t, bad: train.main(["convert", str(bad("start")), str(t / "converted")]),
 }
 FILES = [(name, write) for write in (plain, zipped) for name in ("pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.safetensors", "projector.safetensors")]
@@ -410,7 +410,7 @@ def test_nothing_outside_a_model_folder_is_opened(world, start, tmp_path, spoil,
     outside = Path(shutil.copytree(start, tmp_path / "outside"))
     spoil(start, outside)
     WATCH.append([])
-    try: codes = by_train(world, tmp_path, model=str(start)), chat.main([str(start), "--ask", "What?"])
+    try: codes = by_train(world, tmp_path, model=str(start)), chat_command.main([str(start), "--ask", "What?"])
     finally: opened = WATCH.pop()
     assert codes == (2, 2) and "Traceback" not in capsys.readouterr().err
     where = {Path(os.path.realpath(p)) for p in opened if isinstance(p, (str, bytes, os.PathLike)) for p in [os.fsdecode(p)]}
@@ -463,7 +463,7 @@ def writes(tree: ast.AST) -> list[str]:
     return sorted(found)
 
 
-MAY_WRITE = {"terminal": ["sys.stderr", "sys.stdout"], "trust": ["sys.stderr"] * 4, "chat": ["input"], "watch": ["sys.stderr", "sys.stdout"], "zero": ["sys.stderr", "sys.stdout"]}      # three flush, and the question is asked
+MAY_WRITE = {"terminal": ["sys.stderr", "sys.stdout"], "trust": ["sys.stderr"] * 4, "chat_command": ["input"], "watch": ["sys.stderr", "sys.stdout"], "zero": ["sys.stderr", "sys.stdout"]}      # three flush, and the question is asked
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -571,7 +571,7 @@ def test_a_model_folder_cannot_write_to_the_terminal(start, capfd):
     header = json.dumps({FORGED: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     (start / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     for argv in ([str(start), "--ask", "What?"],):
-        assert chat.main(argv) == 2
+        assert chat_command.main(argv) == 2
         out, err = capfd.readouterr()
         assert clean(out + err) and "a tensor is named" in err and str(start) in err
 
@@ -593,7 +593,7 @@ def test_libraries_with_known_holes_are_refused(monkeypatch, capsys):
     trust.check_versions()
     for name, old in {"torch": "2.9.1+cu128", "transformers": "5.2.0", "safetensors": "0.8.0rc0", "pillow": "11.3.0"}.items():
         monkeypatch.setattr(trust, "version", lambda n, name=name, old=old: old if n == name else "99")
-        for main, argv in ((train.main, ["--dry_run"]), (train.main, ["doctor", "c.json"]), (train.main, ["convert", "a.bin", "b"]), (chat.main, ["x", "--ask", "y"])):
+        for main, argv in ((train.main, ["--dry_run"]), (train.main, ["doctor", "c.json"]), (train.main, ["convert", "a.bin", "b"]), (chat_command.main, ["x", "--ask", "y"])):
             assert main(argv) == 2
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and f"{name} {old}, at least" in said
@@ -633,7 +633,7 @@ def test_a_model_of_no_numbers_says_so(start, value, capsys):
     name = next(n for n in weights if "lm_head" in n or "embed_tokens" in n)
     weights[name][:] = value
     save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
-    assert chat.main([str(start), "--ask", "What?", "--template", "v1", "--device", "cpu"]) == 2
+    assert chat_command.main([str(start), "--ask", "What?", "--template", "v1", "--device", "cpu"]) == 2
     assert "not finite" in capsys.readouterr().err
 
 

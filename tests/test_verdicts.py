@@ -14,7 +14,8 @@ from runs import config, make_world, verdict, verdicts
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from llava_nb import chat, train
+from llava_nb import train
+from llava_nb.run import chat_command
 from llava_nb.safe import storage
 from llava_nb.masking import tiny_tokenizer
 
@@ -97,16 +98,16 @@ def test_a_folder_that_is_no_model(world, tmp_path, case, capsys):
 def test_chat_says_of_a_wrong_folder_what_training_says(tmp_path, case, capsys):
     files, wanted = FOLDERS[case]
     folder = str(deep(tmp_path / (case if "--" in case else "given"), files))
-    assert chat.main([folder, "--ask", "?"]) == 2
+    assert chat_command.main([folder, "--ask", "?"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("llava_nb.chat: ") and said.count("\n") == 1 and matches(said, wanted) and folder in said, said
+    assert said.startswith("llava_nb chat: ") and said.count("\n") == 1 and matches(said, wanted) and folder in said, said
 
 
 @pytest.mark.parametrize("given, wanted", [("llm", "a 'llama' model is not.*`language_model`"), ("tower", "a 'clip_vision_model' model is not"), ("bert", "a 'bert' model is not"), ("llm/model.safetensors", "is one file of a model; give the folder"), ("nowhere/at/all", "no such folder")])
 def test_chat_with_another_kind_of_model_is_one_line(world, given, wanted, capsys):
-    assert chat.main([str(world / given), "--ask", "?"]) == 2
+    assert chat_command.main([str(world / given), "--ask", "?"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("llava_nb.chat: ") and said.count("\n") == 1 and matches(said, wanted) and given in said, said
+    assert said.startswith("llava_nb chat: ") and said.count("\n") == 1 and matches(said, wanted) and given in said, said
 
 
 ROLES = {

@@ -485,7 +485,7 @@ def main(
     (demo.out / "table.txt").write_text(evals.as_text(scores) + "\n")
     (demo.out / "results.json").write_text(json.dumps({"minutes": round(minutes, 1), "things": demo.things, "steps": steps, "scores": [asdict(s) for s in scores], "chat": talk}, indent=1))
     say("\n" + evals.as_text(scores) + "\n\n" + "\n".join(f"> {q}\n{a}" for q, a in talk))
-    demo.say(f"done. Look at {demo.out / 'samples.html'}, {demo.out / 'accuracy.png'} and {demo.out / 'loss.png'}; chat on: python -m llava_nb.chat {demo.out / 'stage2'} --image PICTURE")
+    demo.say(f"done. Look at {demo.out / 'samples.html'}, {demo.out / 'accuracy.png'} and {demo.out / 'loss.png'}; chat: llava_nb chat {demo.out / 'stage2'} --image PICTURE")
     return 0
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -267,7 +267,7 @@ MEANINGLESS = {
     "tokenizer_padding_side": "rows are packed; there is no padding",
     "include_tokens_per_second": "every logged step has its tokens a second",
     "skip_memory_metrics": "every logged step has the peak memory",
-    "do_train": "`llava_nb` trains, `python -m llava_nb.chat` answers",
+    "do_train": "`llava_nb` trains, `llava_nb chat` answers",
     "do_eval": "--eval_strategy says when there is an evaluation",
     "ray_scope": "there is no search over settings",
     "tune_vision_tower_from_layer": _NO_TOWER,

@@ -61,7 +61,7 @@ REFUSED = {
     "ddp_static_graph": _DDP,
     "ddp_timeout": "--hang_timeout says how long a rank waits for another",
     "debug": _GRADIENTS,
-    "do_predict": "`python -m llava_nb.chat` answers questions, and 08_evals counts right answers",
+    "do_predict": "`llava_nb chat` answers questions, and 08_evals counts right answers",
     "enable_jit_checkpoint": "a checkpoint is written at SIGTERM, SIGINT and SIGUSR1 anyway",
     "eval_accumulation_steps": _LOSS_ONLY,
     "eval_do_concat_batches": _LOSS_ONLY,
