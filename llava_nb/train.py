@@ -35,7 +35,7 @@ import transformers
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from .base.problems import Problems, Refused
+import llava_nb.base.problems as problems_
 import llava_nb.fast.attention as attention
 import llava_nb.fast.cross_entropy as cross_entropy
 import llava_nb.checkpoint as checkpoint
@@ -62,7 +62,11 @@ import llava_nb.base.terminal as terminal
 import llava_nb.trainer as trainer
 import llava_nb.base.trust as trust
 import llava_nb.vision as vision
-import llava_nb.safe.watch as watch
+import llava_nb.safe.exits as exits
+import llava_nb.safe.failures as failures
+import llava_nb.safe.loss_alarm as loss_alarm
+import llava_nb.safe.ranks as machines
+import llava_nb.safe.training_watch as watch
 import llava_nb.fast.zero as zero
 
 # %% ../nbs/run/06_train.ipynb #9de8dff6
@@ -70,7 +74,7 @@ def parse(
     argv: list[str], # command line without the program's name
 ) -> config.Run:
     "Read, translate, check names, types and combinations, and tell all that is wrong. Nothing is built."
-    given, wrong = config.read_settings(argv), Problems()
+    given, wrong = config.read_settings(argv), problems_.Problems()
     ours, notes = config.translate(given, wrong)
     settings = fitting(config.as_reference(given) | ours, wrong)
     for said in inherited.refused(settings, dataclasses.fields(trainer.LlavaTrainingArguments), trainer.OWN): wrong.add(ValueError(said))
@@ -154,7 +158,7 @@ def check_training(
     run: config.Run,
 ) -> None:
     "Types and choices of the training fields, without making them, which would join the ranks."
-    args, wrong = training_fields(run), Problems()
+    args, wrong = training_fields(run), problems_.Problems()
     for said in _values(run, args) + _together(run, args): wrong.add(ValueError(said))
     for check in (lambda: records.stopping([], run.data.bad_records), lambda: records.check_budget(0, 0, run.data.max_bad),
                   lambda: _check_template(run.data.template), lambda: _check_deepspeed(args),
@@ -167,11 +171,11 @@ def _check_template(name: str | None) -> None:
 
 def _check_deepspeed(args: argparse.Namespace) -> None:
     path, said = args.deepspeed, vars(args)
-    if (path or args.zero is not None) and watch.installed("deepspeed") == "none":
+    if (path or args.zero is not None) and machines.installed("deepspeed") == "none":
         raise ValueError("DeepSpeed is not installed, and `zero` and `deepspeed` need it: pip install deepspeed, or train on one rank without them")
     if not path: return
     if not Path(path).is_file(): raise FileNotFoundError(f"deepspeed: {path} does not exist; --zero 2 and --zero 3 are the published scripts' settings")
-    wrong = Problems()
+    wrong = problems_.Problems()
     try: found = zero.read_deepspeed_config(path, "auto")
     except ValueError as e: raise ValueError(f"{e}; --zero 3 --offload True is zero3_offload.json without it" if "offload" in Path(path).name else str(e)) from None
     for line in zero.check_deepspeed_config(found, path, said, zero.world_size()): wrong.add(ValueError(line))
@@ -187,7 +191,7 @@ def training_fields(
 
 def fitting(
     settings: dict, # our names
-    problems: Problems, # takes what does not fit
+    problems: problems_.Problems, # takes what does not fit
 ) -> dict: # those of a known name and a value of its type
     "Look at each setting by itself."
     known = config.field_names(*config.CONFIGS, trainer.LlavaTrainingArguments)
@@ -216,9 +220,9 @@ def _words(settings: dict) -> list[str]:
 def made_arguments(
     run: config.Run,
     alone: bool, # to look at: no engine, no ranks
-) -> tuple[trainer.LlavaTrainingArguments | None, Problems]: # None: there is a problem
+) -> tuple[trainer.LlavaTrainingArguments | None, problems_.Problems]: # None: there is a problem
     "The typed training arguments, or what transformers has against them."
-    wrong = Problems()
+    wrong = problems_.Problems()
     with wrong.noted():
         try: return training_arguments(run, alone), wrong
         except (ImportError, TypeError, NotImplementedError, AttributeError) as e: raise ValueError(f"the training arguments cannot be used together: {' '.join(str(e).split())}") from e
@@ -416,9 +420,9 @@ def prepare(
     if c.found.found: checks.tell(checks.go(c, checks.CHECKS[1:]))      # nothing is written to a folder that is another's
     if args.process_index == 0:
         for note in run.notes: terminal.say(f"note: {terminal.printable(note)}")
-    ranks = zero.from_all_ranks(watch.machine(args.output_dir))
-    watch.same([r["versions"] for r in ranks], "install the same on every machine")
-    if args.process_index == 0: terminal.say(watch.machines(ranks))
+    ranks = zero.from_all_ranks(machines.machine(args.output_dir))
+    machines.same([r["versions"] for r in ranks], "install the same on every machine")
+    if args.process_index == 0: terminal.say(machines.machines(ranks))
     if run.run.threads: torch.set_num_threads(run.run.threads)
     dog = watch.TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size, math.inf if run.data.feature_cache else 1)
     with dog:
@@ -429,8 +433,8 @@ def prepare(
     if args.process_index == 0: _write_down(run, args, pieces)
     t = trainer.LlavaTrainer(pieces.model, args, pieces.dataset, pieces.tokenizer, pieces.image_processor, pieces.eval_dataset, watch=dog)
     for callback in (PrinterCallback, ProgressCallback): t.remove_callback(callback)
-    t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)()); t.add_callback(watch.LossAlarm())
-    watch.same(zero.from_all_ranks(watch.fingerprint(t)), "give every rank the same files and settings")
+    t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)()); t.add_callback(loss_alarm.LossAlarm())
+    machines.same(zero.from_all_ranks(machines.fingerprint(t)), "give every rank the same files and settings")
     t.hold = c.hold
     t.check_room(c.resume)
     return t
@@ -438,7 +442,7 @@ def prepare(
 # %% ../nbs/run/06_train.ipynb #74384447
 def _not_begun(number: int, frame) -> NoReturn:
     os.write(2, f"llava_nb: {signal.Signals(number).name} outside of training; the same command does it again\n".encode())      # print might be what was interrupted
-    watch.end(guard.STOPPED, zero.rank())
+    exits.exit_now(exits.STOPPED, zero.rank())
 
 def _deaf() -> None:
     "All is on the disk: a signal now must not turn a finished run into one to be done again. Where `program` did not set the handlers, they stay."
@@ -465,7 +469,7 @@ def execute(
     except storage.StorageFailed as e: return _unsaved(t, e)
     if t.guard.stopped:
         if lead: terminal.say(f"stopped after step {t.state.global_step} of {t.state.max_steps} by {t.guard.noted or 'a signal to another rank'}; the same command goes on from checkpoint-{t.state.global_step}")
-        return _end(guard.STOPPED)
+        return _end(exits.STOPPED)
     if lead:
         terminal.say(summary(result, t, time.monotonic() - start) if t.begun else f"nothing was left to do: all {t.state.global_step} steps had been done before\nresult: {t.args.output_dir}")
     return _end(0)
@@ -478,7 +482,7 @@ def _refused(t: trainer.LlavaTrainer) -> int:
         ids = [i for r in rows for i in r["records"]]
         terminal.say(f"llava_nb: step {step}: the gradient is not finite (rank {', '.join(map(str, sorted({r['rank'] for r in rows})))}; records {terminal.printable(', '.join(ids[:8]))}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}); "
               f"no weight was changed by this step, all rows are in {out / 'not_finite.json'}; look at them, or lower the learning rate, and go on with the same command", error=True)
-    return _end(guard.NOT_FINITE)
+    return _end(exits.NOT_FINITE)
 
 def _unsaved(t: trainer.LlavaTrainer, error: storage.StorageFailed) -> int:
     if t.is_world_process_zero():
@@ -607,7 +611,7 @@ def examine(
             doctor.write(c.findings, c.gate, out)
             terminal.say(f"all of them, with pictures: {out / 'findings.html'} and {out / 'findings.jsonl'}")
         except OSError as e: c.found.add(storage.unwritable(out, e.strerror or str(e)))
-    c.found.found = [Refused(said.rstrip(":"), getattr(p, "exit_code", 2)) for p in c.found.found for said in terminal.one_line(p).splitlines()[:1]]       # the records are listed above
+    c.found.found = [problems_.Refused(said.rstrip(":"), getattr(p, "exit_code", 2)) for p in c.found.found for said in terminal.one_line(p).splitlines()[:1]]       # the records are listed above
     checks.tell(c)
     return 0
 
@@ -626,7 +630,7 @@ def help_text() -> str:
     own = set(f.name for f in dataclasses.fields(transformers.TrainingArguments))
     lines = [f"  --{f.name:32} {f.metadata['help']}" for c in config.CONFIGS for f in dataclasses.fields(c)]
     lines += [f"  --{f.name:32} {f.metadata['help']}" for f in dataclasses.fields(trainer.LlavaTrainingArguments) if f.name not in own]
-    return USAGE.replace("CODES", "\n".join(f"  {code:>2}  {means}" for code, means in guard.EXIT_CODES.items())) + "\n".join(lines)
+    return USAGE.replace("CODES", "\n".join(f"  {code:>2}  {means}" for code, means in exits.EXIT_CODES.items())) + "\n".join(lines)
 
 def main(
     argv: list[str] | None = None, # the command line; None: the program's own
@@ -649,13 +653,13 @@ def main(
         except (ValueError, OSError) as e:
             if zero.rank() == 0: terminal.say(f"llava_nb: {terminal.one_line(e)}", error=True)
             return getattr(e, "exit_code", 2)
-        return watch.over(ready.watch, execute, run, ready)
+        return failures.run_with_watchdog(ready.watch, execute, run, ready)
 
 # %% ../nbs/run/06_train.ipynb #6365fd7b
 def program() -> NoReturn:
     "The command `llava_nb`: `main`, then out. A signal before the first step ends it at once: nothing is lost."
     terminal.take_over()
     for s in guard.Guard.signals: signal.signal(s, _not_begun)
-    zero.leave(watch.note(main(), zero.rank()))
+    zero.leave(exits.record_exit_code(main(), zero.rank()))
 
 if __name__ == "__main__" and "__file__" in globals(): program()

@@ -44,7 +44,8 @@ from .safe.storage import (FolderLost, Hold, NoCheckpoint, StorageFailed, amount
                               still_needed)
 from .base.terminal import one_line, printable, say
 from .vision import image_size, unpartitioned
-from .safe.watch import TrainingWatchdog, installed
+from .safe.ranks import installed
+from .safe.training_watch import TrainingWatchdog
 from .fast.zero import (accumulate_in_float32, deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed,
                            read_deepspeed_config, together, world_size)
 

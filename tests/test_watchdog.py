@@ -23,7 +23,8 @@ from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.store.records import Folder, LlavaDataset
 from llava_nb import train
-from llava_nb.safe.watch import LossAlarm, launches, left_alone, program_of
+from llava_nb.safe.loss_alarm import LossAlarm
+from llava_nb.safe.processes import launches, orphaned, program_of
 from llava_nb.fast.zero import free_port
 
 HANG = 4          # seconds
@@ -148,11 +149,11 @@ def test_a_launcher_is_known_by_its_command(words, program, launching):
 
 
 def test_a_launcher_that_was_gone_before_a_rank_looked_is_missed(monkeypatch):
-    assert not left_alone([]) and not left_alone([os.getppid()])
+    assert not orphaned([]) and not orphaned([os.getppid()])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert left_alone([]) and not left_alone([os.getppid()])
+    assert orphaned([]) and not orphaned([os.getppid()])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID"); monkeypatch.setenv("LLAVA_NB_LAUNCHER", "4194999")
-    assert left_alone([os.getppid()]) and not left_alone([os.getppid(), 4194999])
+    assert orphaned([os.getppid()]) and not orphaned([os.getppid(), 4194999])
 
 
 @pytest.mark.parametrize("argv", ["--restarts -1 c.json", "--ranks -3 c.json", "--ranks two c.json", "--restarts 1e3 c.json", "--restarts 1.5 c.json", "--pause nan c.json", "--pause -5 c.json", "--pause inf c.json", "--restarts", "--ranks= c.json", ""])
