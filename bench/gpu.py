@@ -57,9 +57,10 @@ from plan import cpu_name
 from llava_nb.fast.attention import BACKENDS, register_attention, use_attention
 from llava_nb.fast.cross_entropy import LOSS_KERNELS, use_loss_kernel
 from llava_nb.imageproc import ImageTransform
-from llava_nb.llava import RECOMPUTE, freeze, llava_config, meta_llava, parts, prepare, set_recompute
+from llava_nb.llava import freeze, llava_config, meta_llava, parts, prepare, shape_of
 from llava_nb.masking import IGNORE_INDEX
-from llava_nb.fast.meter import Meter, device_rates, shape_of, work_of
+from llava_nb.fast.meter import Meter, device_rates, row_cost, work_of
+from llava_nb.fast.recompute import RECOMPUTE, set_recompute
 from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
 from llava_nb.packing import Dealer, collate_packed, collate_padded, micro_steps_for
@@ -506,7 +507,7 @@ def main() -> None:
     meter, attention = Meter(shape_of(model), stage=2, ranks=1, rates=rates), register_attention(backend)
     with tempfile.TemporaryDirectory() as folder:
         mixture = Mixture(config, shape.shorter, picture(Path(folder)))
-        costs = meter.shape.row_cost.of(mixture.lengths, mixture.has_image)
+        costs = row_cost(meter.shape).of(mixture.lengths, mixture.has_image)
         own = costs, args.max_tokens or shape.max_tokens, attention
         steps = {row: Steps(mixture, v, *own, how, args.rows == "step") for row, v, how in variants(args, shape)}
         order = mixture.spread(args.steps)

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llava_nb.packing import RowCost, deal
+from llava_nb.fast.meter import RowCost
+from llava_nb.packing import deal
 from llava_nb.sampler import Plan, cut, waste
 
 COST = RowCost(attention=2.0e-5, image=9)     # LLaVA-1.5-7B, see nbs/fast/05_meter.ipynb

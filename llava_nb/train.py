@@ -21,6 +21,7 @@ if __name__ == "__main__" and "__file__" in globals():      # run as a file: the
 
 # %% ../nbs/run/06_train.ipynb #0e82eaa1
 import argparse
+import collections
 import contextlib
 import dataclasses
 import json
@@ -53,6 +54,7 @@ import llava_nb.safe.launch as launch
 import llava_nb.llava as llava
 import llava_nb.masking as masking
 import llava_nb.fast.meter as meter
+import llava_nb.fast.recompute as recompute
 import llava_nb.objective as objective
 import llava_nb.optim as optim
 import llava_nb.store.records as records
@@ -98,7 +100,7 @@ def _take_whole_model(run: config.Run) -> None:
     run.settings["model"] = m.model
 
 # %% ../nbs/run/06_train.ipynb #8b358375
-_CHOICES = {"sampler": ("modality", "random", "compat"), "objective": objective.OBJECTIVES, "recompute": llava.RECOMPUTE, "zero": (0, 1, 2, 3),
+_CHOICES = {"sampler": ("modality", "random", "compat"), "objective": objective.OBJECTIVES, "recompute": recompute.RECOMPUTE, "zero": (0, 1, 2, 3),
             "attention": ("auto", *attention.BACKENDS), "loss_kernel": tuple(cross_entropy.LOSS_KERNELS), "optim": optim.OPTIMIZERS,
             "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"),
             "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver")}
@@ -569,10 +571,10 @@ def _print_schedule(run: config.Run, args: trainer.LlavaTrainingArguments, c: ch
     terminal.say(f"  schedule        warm-up {warm} steps; " + ", ".join(f"step {s}: {rate(s):.2e}" for s in at))
 
 def _cache_line(model: transformers.LlavaForConditionalGeneration, n: int, tokens: float, shown: int, pictures: int, epochs: float, stage: int) -> str:
-    work = meter.Work(n, round(n * tokens), 0, shown, round(n * tokens ** 2))
+    work = meter.Work(collections.Counter({round(tokens): n}), 0, shown)
     features = model.config.image_seq_length + (model.config.vision_feature_select_strategy == "default")
     row = cached.row_bytes((features, model.config.vision_config.hidden_size), torch.bfloat16)
-    found = cached.worth(meter.shape_of(model), work, pictures, row, epochs, stage)
+    found = cached.worth(llava.shape_of(model), work, pictures, row, epochs, stage)
     return f"  feature_cache   would take {found.bytes / 1e9:,.1f} GB for {pictures:,} pictures in bf16 and save {found.first:.1%} of the operations of this run, {found.later:.1%} of each later one"
 
 # %% ../nbs/run/06_train.ipynb #a37b69ce

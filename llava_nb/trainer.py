@@ -32,11 +32,12 @@ from .checkpoint import (MADE_WITH, MANIFEST, UNSEALED, begin_checkpoint, checkp
 from .base.problems import Problems
 from .safe.guard import Guard
 from .run.inherited import refused
-from .llava import projector_state, set_recompute
-from .fast.meter import Meter, ModelShape, Work, device_rates, shape_of, work_of
+from .llava import projector_state, shape_of
+from .fast.meter import Meter, ModelShape, RowCost, Work, device_rates, row_cost, work_of
+from .fast.recompute import set_recompute
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
-from .packing import Dealer, PackedCollator, RowCost, micro_steps_for
+from .packing import Dealer, PackedCollator, micro_steps_for
 from .store.records import record_id
 from .sampler import Plan
 from .safe.state import Training, check_optimizer, load_random, load_state, pieces, save_state
@@ -542,7 +543,7 @@ class LlavaTrainer(EvaluatedTrainer):
         set_recompute(model, args.recompute)
         if args.deepspeed: fetch_whole_layers(args.hf_deepspeed_config.config, model)
         self.recipe = made_with(args, train_dataset)
-        self.plan_sampler = plan_sampler(args, train_dataset, sizes.row_cost) if train_dataset is not None else None
+        self.plan_sampler = plan_sampler(args, train_dataset, row_cost(sizes)) if train_dataset is not None else None
         if args.deepspeed: accumulate_in_float32(args.hf_deepspeed_config.config, args.gradient_accumulation_steps, args.bf16 or args.fp16)
         self.watch = watch or TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size)
         self.guard, self.row_losses = Guard(), (0, [])

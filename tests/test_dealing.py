@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from torch.utils.data import Dataset
 
-from llava_nb.llava import llava_config, meta_llava, tiny_llava
+from llava_nb.llava import llava_config, meta_llava, shape_of, tiny_llava
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.fast.meter import shape_of
+from llava_nb.fast.meter import RowCost, row_cost
 from llava_nb.objective import token_weights
-from llava_nb.packing import Dealer, RowCost, deal, micro_steps_for
+from llava_nb.packing import Dealer, deal, micro_steps_for
 from llava_nb.sampler import Plan, mix665k_sample
 from llava_nb.run.checks import architecture
 from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, plan_sampler
@@ -92,6 +92,6 @@ def test_max_tokens_leaves_the_steps_alone(tmp_path):
 def test_the_cost_of_a_7b_model():
     "attention: 32 layers x 4,096 / 6.48e9 weights; a picture: the 0.2906e9 weights of the layers that run, at 576 positions, forward only."
     text, tower = architecture("lmsys/vicuna-7b-v1.5"), vision_config(architecture("openai/clip-vit-large-patch14-336"))
-    found = shape_of(meta_llava(llava_config(text, tower, 32000))).row_cost
+    found = row_cost(shape_of(meta_llava(llava_config(text, tower, 32000))))
     assert found.attention == pytest.approx(32 * 4096 / 6.476e9, rel=.01) and found.image == pytest.approx(.2906e9 * 576 / (3 * 6.476e9), rel=.02)
-    assert shape_of(tiny_llava(tiny_tokenizer())).row_cost.attention == pytest.approx(2 * 64 / (2 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 128)), rel=1e-6)
+    assert row_cost(shape_of(tiny_llava(tiny_tokenizer()))).attention == pytest.approx(2 * 64 / (2 * (64 * (64 + 64 + 2 * 32) + 3 * 64 * 128)), rel=1e-6)

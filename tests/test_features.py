@@ -1,4 +1,5 @@
 """The feature cache: the same training as from pixels; what lies in it is believed only for the tower and picture it is of."""
+from collections import Counter
 import json
 from contextlib import ExitStack
 
@@ -45,7 +46,7 @@ def test_neither_meter_nor_dealing_counts_a_tower_that_is_not_run(world):
     with ExitStack() as held:
         for name, more in (("counted", {}), ("not-counted", {"feature_cache": str(world / "cache")})):
             ready[name] = train.prepare(train.parse([str(config(world, name, use_cpu=True, **SHORT, **more)[0])]), held)
-    work = Work(samples=4, tokens=200, supervised=20, images=3, pairs=10_000)
+    work = Work(Counter({50: 4}), supervised=20, images=3)
     assert ready["counted"].meter.shape.flops(work)["tower"] > 0 and ready["counted"].plan_sampler.dealer.image > 0
     assert ready["not-counted"].meter.shape.flops(work)["tower"] == 0 and ready["not-counted"].plan_sampler.dealer.image == 0
 

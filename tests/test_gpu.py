@@ -17,7 +17,8 @@ from llava_nb import train, trainer
 from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.fast.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection
 from llava_nb.safe.guard import finite
-from llava_nb.llava import RECOMPUTE, freeze, set_recompute, tiny_llava
+from llava_nb.fast.recompute import RECOMPUTE, set_recompute
+from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.fast.meter import matmul_rate
 from llava_nb.objective import row_loss

@@ -13,7 +13,8 @@ from test_model import SHAPE, assert_equal, loss_and_gradients, samples
 from torch._dynamo.utils import counters
 
 from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
-from llava_nb.llava import RECOMPUTE, freeze, set_recompute, tiny_llava
+from llava_nb.fast.recompute import RECOMPUTE, set_recompute
+from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.objective import row_loss
 from llava_nb.packing import collate_packed

@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoModelForCausalLM, CLIPImageProcessorPil,
 from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.checkpoint import save_llava, save_projector
 from llava_nb.fast.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection, text_logits, use_loss_kernel, weighted_cross_entropy
-from llava_nb.llava import (RECOMPUTE, add_image_token, build_llava, freeze, load_llava, load_projector, load_tower, parts, projector_state, set_recompute, tiny_llava,
+from llava_nb.fast.recompute import RECOMPUTE, set_recompute
+from llava_nb.llava import (add_image_token, build_llava, freeze, load_llava, load_projector, load_tower, parts, projector_state, tiny_llava,
                             unused_layers)
 from llava_nb.masking import IGNORE_INDEX, tiny_tokenizer
 from llava_nb.objective import OBJECTIVES, padded_loss, row_loss, token_weights

@@ -17,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_nb.conversation import get_template
 from llava_nb.run.efficientnet import save_from_wheel
-from llava_nb.llava import load_llava
+from llava_nb.llava import load_llava, shape_of
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.fast.meter import shape_of
+from llava_nb.fast.meter import row_cost
 from llava_nb.packing import Dealer, micro_steps_for
 from llava_nb.store.records import encode
 from llava_nb.sampler import Plan
@@ -47,7 +47,7 @@ def plan(world):
     encoder, records = Encoder(tiny_tokenizer(), 2048, 16, 256), json.loads((world / "records.json").read_text())
     lengths = np.array([len(encode(r, get_template("v1"), encoder).input_ids) for r in records])
     has_image = np.array(["image" in r for r in records])
-    costs = shape_of(load_llava(world / "start")).row_cost.of(lengths, has_image)
+    costs = row_cost(shape_of(load_llava(world / "start"))).of(lengths, has_image)
     return Plan("random", lengths, has_image=has_image, batch_size=1, world_size=2, accumulation=2, seed=42), Dealer(costs)
 
 

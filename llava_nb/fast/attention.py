@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'REFUSED', 'record_lengths', 'packed_attention', 'packed_row_mask', 'register_attention', 'objection',
-           'choose_attention', 'attention_heads', 'use_attention']
+           'choose_attention', 'attention_heads', 'sliding_window', 'use_attention']
 
 # %% ../../nbs/fast/01_attention.ipynb #7b3189b1
 import contextlib
@@ -195,6 +195,16 @@ def attention_heads(
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return heads, getattr(text, "num_key_value_heads", None) or heads, size
 
+def sliding_window(
+    text: PreTrainedConfig, # of a language model
+) -> tuple[int | None, int]: # tokens of the window, None: no window; number of layers that have it
+    "The sliding window of a language model."
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if window is None:
+        return None, 0
+    return window, text.num_hidden_layers if kinds is None else kinds.count("sliding_attention")
+
 def use_attention(
     model: PreTrainedModel, # a LLaVA, changed in place
     wanted: str, # "auto" or a key of `BACKENDS`
@@ -203,7 +213,7 @@ def use_attention(
 ) -> tuple[str, dict[str, str]]: # see `choose_attention`
     "Give the language model its attention."
     text = model.config.get_text_config()
-    windows = dict.fromkeys((None, getattr(text, "sliding_window", None)))
+    windows = dict.fromkeys((None, sliding_window(text)[0]))
     backend, refused = choose_attention(wanted, device, dtype, attention_heads(text), tuple(windows))
     model.set_attn_implementation({"text_config": register_attention(backend)})
     return backend, refused

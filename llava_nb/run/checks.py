@@ -361,7 +361,7 @@ def check_plan(c: Checked) -> None:
     if c.shape is None or c.args is None or "data_path" not in c.sets: return
     args = copy.copy(c.args)
     args.deepspeed = None         # which a plan would tell of its accumulation
-    plan = trainer.plan_sampler(args, c.sets["data_path"], meter.shape_of(c.shape).row_cost).plan
+    plan = trainer.plan_sampler(args, c.sets["data_path"], meter.row_cost(llava.shape_of(c.shape))).plan
     recipe = trainer.made_with(c.args, c.sets["data_path"])
     if zero.rank() == 0 and c.writable: trainer.room_for(c.args, plan.steps, c.shape.to(precision(c.args)[0]), c.args.save_total_limit, recipe, c.resume)
 
