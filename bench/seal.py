@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from plan import cpu_name
 
-from llava_nb.checkpoint import MANIFEST, fault, seal
+from llava_nb.safe.integrity import MANIFEST, fault, seal
 from llava_nb.safe.state import Training, save_state
 
 

@@ -21,8 +21,7 @@ from PIL import Image
 from transformers import AutoTokenizer, DynamicCache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 import llava_nb.base.trust as trust
-from .chat_template import as_trained, stops
-from .checkpoint import unsayable
+from .checkpoint import as_trained, stops, unsayable
 from .conversation import IMAGE_TOKEN, normalise
 from .imageproc import MAX_BYTES, ImageTransform, Refused, check_size
 from .llava import load_llava

@@ -40,6 +40,7 @@ import llava_nb.base.problems as problems_
 import llava_nb.fast.attention as attention
 import llava_nb.fast.cross_entropy as cross_entropy
 import llava_nb.checkpoint as checkpoint
+import llava_nb.safe.integrity as integrity
 import llava_nb.run.chat_command as chat_command
 import llava_nb.run.checks as checks
 import llava_nb.run.config as config
@@ -266,11 +267,11 @@ def start_folder(
     if m.model and not m.special_tokens: return m.model
     folder, recipe = Path(output_dir) / "start", json.dumps({**dataclasses.asdict(m), "projector": None, "seed": seed})
     made_from = folder / "made_from.json"
-    if zero.rank() == 0 and (checkpoint.fault(folder) or made_from.read_text() != recipe):      # half written, damaged, or of other parts
+    if zero.rank() == 0 and (integrity.fault(folder) or made_from.read_text() != recipe):      # half written, damaged, or of other parts
         storage.clear(folder)
         assemble(m, folder, seed)
         made_from.write_text(recipe)
-        checkpoint.seal_alone(folder)
+        integrity.seal_alone(folder)
     if torch.distributed.is_initialized(): torch.distributed.barrier()
     return str(folder)
 
@@ -622,7 +623,7 @@ def verify(
 ) -> int: # exit code: 0 all is well, 4 something is not, or there is nothing
     "Read a run's folder against its seals and say what can be done with it."
     if not Path(run_dir).is_dir(): raise FileNotFoundError(f"{run_dir}: no such folder")
-    found = checkpoint.survey(run_dir)
+    found = integrity.survey(run_dir)
     for what, verdict, well in found: terminal.say(f"{'' if well else 'BAD  '}{terminal.printable(what)}: {terminal.printable(verdict)}")
     if not found: terminal.say(f"{run_dir}: no checkpoint and no sealed result")
     return 0 if found and all(well for *_, well in found) else storage.NoCheckpoint.exit_code

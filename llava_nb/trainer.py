@@ -26,11 +26,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .chat_template import saved_tokenizer
-from .checkpoint import (MADE_WITH, MANIFEST, UNSEALED, begin_checkpoint, checkpoints, fault, load_weights, publish, read_back, rotate, save_llava, save_projector,
-                                 seal, seal_alone)
+from .checkpoint import save_llava, save_projector, saved_tokenizer
 from .base.problems import Problems
 from .safe.guard import Guard
+from llava_nb.safe.integrity import (
+    MADE_WITH, MANIFEST, UNSEALED, begin_checkpoint, checkpoints, fault, publish, read_back, restore_weights, rotate, seal,
+    seal_alone,
+)
 from .run.inherited import refused
 from .llava import projector_state, shape_of
 from .fast.meter import Meter, ModelShape, RowCost, Work, device_rates, row_cost, work_of
@@ -42,13 +44,13 @@ from .store.records import record_id
 from .sampler import Plan
 from .safe.state import Training, check_optimizer, load_random, load_state, pieces, save_state
 from .safe.storage import (FolderLost, Hold, NoCheckpoint, StorageFailed, amount, check_room, clear, fail_point, note, open_new, read_object,
-                              still_needed)
+                              still_needed, together)
 from .base.terminal import one_line, printable, say
 from .vision import image_size, unpartitioned
 from .safe.ranks import installed
 from .safe.training_watch import TrainingWatchdog
 from .fast.zero import (accumulate_in_float32, deepspeed_config, fetch_whole_layers, from_all_ranks, init_distributed,
-                           read_deepspeed_config, together, world_size)
+                           read_deepspeed_config, world_size)
 
 # %% ../nbs/13_trainer.ipynb #ca08b111
 @dataclass
@@ -505,7 +507,7 @@ class EvaluatedTrainer(ResultTrainer):
         step, loss, why = from_all_ranks(self._best() if self.args.should_save else None)[0]
         folder = Path(self.args.output_dir) / f"checkpoint-{step}"
         if why: raise NoCheckpoint(f"{folder}: the best checkpoint (evaluation loss {loss:.4f}) cannot be read: {why}; set it back, or go on with --load_best_model_at_end False --allow_changes True")
-        if step is not None: load_weights(self.model, folder)
+        if step is not None: restore_weights(self.model, folder)
         told = "no checkpoint was evaluated, the result has the last weights" if step is None else f"checkpoint-{step} has the least evaluation loss, {loss:.4f}, and the result its weights"
         if self.args.should_save: say(f"best: {told}")
 
@@ -608,10 +610,16 @@ class LlavaTrainer(EvaluatedTrainer):
             if self.args.should_save: self._save(folder, state)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.stage == 2: return save_llava(self.model, output_dir, self.processing_class, self.image_processor, state_dict)
+        if self.args.stage == 2: return save_llava(self.model, output_dir, self.processing_class, self.image_processor, state_dict, written=self.written)
         save_projector(self.model, output_dir, state_dict)
+        self.written("weights")
         saved_tokenizer(self.model.config, self.processing_class).save_pretrained(output_dir)
-        fail_point("save.processor")
+        self.written("processor")
+
+    def written(self, part: str) -> None:
+        "The points at which a test may end the run while it saves."
+        if part == "weights": fail_point("save.weights")
+        else: fail_point("save.processor")
 
     @property
     def training(self) -> Training: # once it is prepared
@@ -635,4 +643,4 @@ class LlavaTrainer(EvaluatedTrainer):
         return model, loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_weights(self.model, resume_from_checkpoint)
+        restore_weights(self.model, resume_from_checkpoint)

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, TrainerState
 
-from llava_nb.checkpoint import MADE_WITH, PLACE, begin_checkpoint, save_llava, seal
+from llava_nb.checkpoint import save_llava
+from llava_nb.safe.integrity import MADE_WITH, PLACE, begin_checkpoint, seal
 from llava_nb.llava import PROJECTOR_FILE, tiny_llava
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.safe.state import Training, save_state

@@ -10,8 +10,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from llava_nb.chat import Chat, Prompter, Reader, common_prefix, human_turn, next_token, visible
-from llava_nb.chat_template import stops
-from llava_nb.checkpoint import save_llava, save_projector, unsayable
+from llava_nb.checkpoint import save_llava, save_projector, stops, unsayable
 from llava_nb.llava import tiny_llava
 from llava_nb.run.chat_command import main
 from llava_nb.conversation import get_template

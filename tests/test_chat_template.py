@@ -8,7 +8,7 @@ from test_text import byte_level, smollm2
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from llava_nb.chat_template import as_trained, gap, jinja, saved_generation, saved_tokenizer, stops
+from llava_nb.checkpoint import as_trained, gap, jinja, saved_generation, saved_tokenizer, stops
 from llava_nb.checkpoint import llava_processor
 from llava_nb.conversation import IMAGE_TOKEN, TEMPLATES, Template, get_template, normalise
 from llava_nb.llava import add_image_token, tiny_llava

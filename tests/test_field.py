@@ -13,7 +13,7 @@ from runs import config, make_world, run, verdicts, weights
 from transformers import AutoProcessor, CLIPImageProcessorPil, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
 from llava_nb import train
-from llava_nb.checkpoint import MADE_WITH
+from llava_nb.safe.integrity import MADE_WITH
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.store.shards import write_shards
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from runs import ROOT, TIMEOUT, command, config, farthest, launch, losses, make_world, run, small_checkpoint, started, weights
 
-from llava_nb.checkpoint import MADE_WITH, MANIFEST, PLACE, UNSEALED, checkpoints, fault, resolve_resume, rotate, seal
+from llava_nb.safe.integrity import MADE_WITH, MANIFEST, PLACE, UNSEALED, checkpoints, fault, resolve_resume, rotate, seal
 from llava_nb.safe.state import STATE_FILE, part_file
 from llava_nb.safe.storage import NoCheckpoint, hold, known, note
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_told_in_one_line(world, whol
     file, settings = config(world, "vanishing", save_steps=1, gradient_accumulation_steps=4, use_cpu=True)
     out = Path(settings["output_dir"])
     out.mkdir(); shutil.copytree(world / "whole" / "checkpoint-19", out / "checkpoint-19")
-    monkeypatch.setattr(trainer, "load_weights", lambda model, folder: shutil.rmtree(folder))
+    monkeypatch.setattr(trainer, "restore_weights", lambda model, folder: shutil.rmtree(folder))
     assert train.main([str(file)]) == 4
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llava_nb:")]
     assert len(said) == 1 and "checkpoint-19: went away while it was read" in said[0]

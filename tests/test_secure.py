@@ -28,7 +28,7 @@ import llava_nb.imageproc as imageproc
 import llava_nb.base.trust as trust
 from llava_nb import chat, train
 from llava_nb.run import chat_command, checks
-from llava_nb.checkpoint import seal
+from llava_nb.safe.integrity import seal
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import Bounded, Refused, open_image
 from llava_nb.llava import load_llava, load_tower, read_projector

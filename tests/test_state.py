@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llava_nb import train
-from llava_nb.checkpoint import MADE_WITH, MANIFEST, check_same, describe, seal
+from llava_nb.safe.integrity import MADE_WITH, MANIFEST, check_same, describe, seal
 from llava_nb.packing import Dealer
 from llava_nb.sampler import Plan
 from llava_nb.safe.state import STATE_FILE, Parts, Training, keep_global_batch, load_random, load_state, part_file, read_index, save_state, write_index, write_part

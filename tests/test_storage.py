@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 from runs import ROOT, TIMEOUT, captions, command, config, farthest, launch, losses, make_world, run, small_checkpoint, started, weights
 
-from llava_nb import checkpoint, train
-from llava_nb.safe import storage
-from llava_nb.checkpoint import MANIFEST, checkpoints, fault, seal
+from llava_nb import train
+from llava_nb.safe import integrity, storage
+from llava_nb.safe.integrity import MANIFEST, checkpoints, fault, seal
 from llava_nb.llava import load_llava
 from llava_nb.safe.storage import FAIL_POINTS, StorageFailed
 from llava_nb.trainer import _remedy, bytes_in, checkpoint_bytes, saves_of
@@ -319,8 +319,8 @@ def test_an_interrupted_save_goes_and_what_lost_its_manifest_is_set_aside(tmp_pa
     for step in (3, 6, 9, 12):
         small_checkpoint(tmp_path / f"checkpoint-{step}", step, sealed=step != 12)
     (tmp_path / "checkpoint-9" / MANIFEST).unlink()
-    (tmp_path / "checkpoint-6" / checkpoint.UNSEALED).touch()          # killed between its manifest and the removal of the mark
-    assert checkpoint.resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / integrity.UNSEALED).touch()          # killed between its manifest and the removal of the mark
+    assert integrity.resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-6")
     said = capsys.readouterr().out
     assert "checkpoint-12: saving it was interrupted; removed" in said and "checkpoint-9: it has no readable MANIFEST.json" in said and "set aside as damaged-checkpoint-9" in said
     assert sorted(p.name for p in tmp_path.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6", "damaged-checkpoint-9"] and not fault(tmp_path / "checkpoint-6")
@@ -366,7 +366,7 @@ def test_a_second_run_in_one_folder_is_refused_and_told_who_holds_it(world, caps
 def test_progress_that_is_gone_is_missed(tmp_path):
     storage.make_folder(tmp_path)
     storage.note(tmp_path, sealed="checkpoint-12")
-    with pytest.raises(storage.NoCheckpoint, match="sealed checkpoint-12 here, which is gone; put it back, or remove run.json"): checkpoint.resolve_resume(None, tmp_path)
+    with pytest.raises(storage.NoCheckpoint, match="sealed checkpoint-12 here, which is gone; put it back, or remove run.json"): integrity.resolve_resume(None, tmp_path)
 
 
 def test_verify_says_what_is_whole_and_what_is_not(world, whole, capsys, tmp_path):
@@ -402,7 +402,7 @@ def test_a_power_cut_at_any_moment_of_a_save_leaves_a_checkpoint_that_is_resumed
             elif str(here) not in files: path.write_text("")              # nor the disk its content
         with monkeypatch.context() as calm:
             calm.setattr(os, "fsync", fsync); calm.setattr(os, "replace", replace)
-            found = checkpoint.resolve_resume(None, dead)
+            found = integrity.resolve_resume(None, dead)
             assert not fault(found)
         outcomes.append(Path(found).name)
     def durable(fd):
@@ -415,7 +415,7 @@ def test_a_power_cut_at_any_moment_of_a_save_leaves_a_checkpoint_that_is_resumed
         if str(a) in files: files[str(b)] = True
         replace(a, b); cut(); kept.add(str(b)); cut(); kept.discard(str(b))      # a file system may keep a name sooner
     monkeypatch.setattr(os, "fsync", durable); monkeypatch.setattr(os, "replace", renamed)
-    monkeypatch.setattr(checkpoint, "ThreadPoolExecutor", lambda threads: ThreadPoolExecutor(1))      # one file after another, so that every moment is seen
+    monkeypatch.setattr(integrity, "ThreadPoolExecutor", lambda threads: ThreadPoolExecutor(1))      # one file after another, so that every moment is seen
     save(2)
     monkeypatch.undo()
     assert outcomes[0] == "checkpoint-1" and outcomes[-1] == "checkpoint-2" and len(outcomes) > 15

@@ -10,7 +10,8 @@ from test_chat_template import DAY, FAMILIES, as_messages, conversation, own
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, LlavaForConditionalGeneration, pipeline
 
 from llava_nb.chat import Chat, human_turn, picture_of
-from llava_nb.checkpoint import read_back, save_llava
+from llava_nb.checkpoint import save_llava
+from llava_nb.safe.integrity import read_back
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import add_image_token, tiny_llava
 from llava_nb.masking import Encoder, add_spoken, check_spoken, tiny_tokenizer

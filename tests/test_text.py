@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llava_nb.chat_template import stops
+from llava_nb.checkpoint import stops
 from llava_nb.conversation import IMAGE_TOKEN, TEMPLATES, get_template, normalise
 from llava_nb.llava import add_image_token
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer

@@ -32,7 +32,7 @@ import llava_nb.base.trust as trust
 from ..run import efficientnet
 from ..run import evals
 from ..chat import Chat
-from ..checkpoint import MANIFEST, checkpoints, fault
+from ..safe.integrity import MANIFEST, checkpoints, fault
 from ..imageproc import ImageTransform
 from ..safe.launch import Launch
 from ..llava import load_llava

@@ -5,24 +5,21 @@
 # %% auto #0
 __all__ = ['TAKEN', 'bytes_per_rank', 'deepspeed_config', 'fetch_whole_layers', 'accumulate_in_float32', 'read_deepspeed_config',
            'check_deepspeed_config', 'init_distributed', 'free_port', 'rank', 'world_size', 'wait', 'from_all_ranks',
-           'together', 'leave']
+           'leave']
 
 # %% ../../nbs/fast/04_zero.ipynb #a97020ca
 import atexit
-import contextlib
 import difflib
 import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from ..safe.storage import STORAGE_ERRORS, FolderLost, StorageFailed
 from ..base.terminal import shown
 
 # %% ../../nbs/fast/04_zero.ipynb #da30e29a
@@ -186,17 +183,6 @@ def from_all_ranks(
     found = [None] * world_size()
     torch.distributed.all_gather_object(found, mine)
     return found
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    "What the disk refuses to one rank has failed for all. Every rank must come; no exchange between ranks inside."
-    mine, lost = "", False
-    try: yield
-    except STORAGE_ERRORS as e: mine, lost = " ".join(str(e).split()) or type(e).__name__, isinstance(e, FolderLost)
-    told = {r: said for r, said in enumerate(from_all_ranks((mine, lost))) if said[0]}
-    if not told: return
-    kind = FolderLost if any(lost for _, lost in told.values()) else StorageFailed
-    raise kind("; ".join(said if world_size() == 1 else f"rank {r}: {said}" for r, (said, _) in told.items()))
 
 # %% ../../nbs/fast/04_zero.ipynb #c767fdbf
 def leave(

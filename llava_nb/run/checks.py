@@ -26,9 +26,9 @@ import transformers
 from ..base.problems import Problems, Refused
 import llava_nb.fast.attention as attention
 import llava_nb.checkpoint as checkpoint
+import llava_nb.safe.integrity as integrity
 import llava_nb.run.config as config
 import llava_nb.run.efficientnet      # registers this tower with transformers' Auto classes
-import llava_nb.chat_template as chat_template
 import llava_nb.conversation as conversation
 import llava_nb.fast.cross_entropy as cross_entropy
 import llava_nb.safe.doctor as doctor
@@ -166,7 +166,7 @@ def gate_of(
     text = getattr(found, "text_config", found)
     doctor.self_test(gate, text.vocab_size, getattr(text, "max_position_embeddings", None))
     masking.check_spoken(spoken, tokenizer, template.marks)
-    if chat_template.IMAGE_TOKEN in tokenizer.get_vocab(): chat_template.check_jinja(template, gate.encoder)
+    if conversation.IMAGE_TOKEN in tokenizer.get_vocab(): checkpoint.check_jinja(template, gate.encoder)
     return gate
 
 def told_day(
@@ -295,11 +295,11 @@ def check_output(c: Checked) -> None:
     out = output_dir(c.run, c.args)
     if c.held is None:
         storage.check_folder(out)
-        c.resume, damaged = checkpoint.find_checkpoint(c.run.run.resume, out)
+        c.resume, damaged = integrity.find_checkpoint(c.run.run.resume, out)
         c.unknown += [f"{p.name}: {why}; a run would set it aside" for p, why in damaged.items()]
     else:
         c.hold = hold(out, c.held)
-        c.resume = checkpoint.resolve_resume(c.run.run.resume, out)
+        c.resume = integrity.resolve_resume(c.run.run.resume, out)
     c.writable = True
 
 def hold(
@@ -321,7 +321,7 @@ def check_resume(c: Checked) -> None:
     "The checkpoint is whole, and was made with the same settings, records and code."
     if c.resume is None or c.args is None: return
     trust.check_folder(Path(c.resume), weights=c.run.stage == 2)
-    if "data_path" in c.sets and not c.run.run.allow_changes: checkpoint.check_same(c.resume, trainer.made_with(c.args, c.sets["data_path"]))
+    if "data_path" in c.sets and not c.run.run.allow_changes: integrity.check_same(c.resume, trainer.made_with(c.args, c.sets["data_path"]))
 
 # %% ../../nbs/run/04_checks.ipynb #462b0825
 def precision(

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from ..chat_template import stops
-from ..checkpoint import unsayable
+from ..checkpoint import stops, unsayable
 from ..conversation import SYSTEM, Template, image_of, normalise
 from ..imageproc import ImageTransform
 from ..masking import Encoder

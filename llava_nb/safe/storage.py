@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['STORAGE_ERRORS', 'FAIL_POINTS', 'passed', 'RUN', 'LOCK', 'FILLED', 'StorageFailed', 'FolderLost', 'NoCheckpoint',
-           'fail_point', 'open_new', 'clear', 'write_durably', 'settle_folder', 'make_folder', 'unwritable',
+           'together', 'fail_point', 'open_new', 'clear', 'write_durably', 'settle_folder', 'make_folder', 'unwritable',
            'still_needed', 'amount', 'check_room', 'Hold', 'hold', 'check_folder', 'read_object', 'known', 'note']
 
 # %% ../../nbs/safe/03_storage.ipynb #51b99cdd
+import contextlib
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ import socket
 import stat
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from ..base.terminal import shown
+from ..fast.zero import from_all_ranks, world_size
 
 # %% ../../nbs/safe/03_storage.ipynb #e2a43aa9
 class StorageFailed(OSError):
@@ -40,6 +43,18 @@ class NoCheckpoint(ValueError):
     exit_code = 4
 
 STORAGE_ERRORS = (OSError, SafetensorError)      # safetensors wraps the system's errors in its own
+
+# %% ../../nbs/safe/03_storage.ipynb #28593514
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    "What the disk refuses to one rank has failed for all. Every rank must come; no exchange between ranks inside."
+    mine, lost = "", False
+    try: yield
+    except STORAGE_ERRORS as e: mine, lost = " ".join(str(e).split()) or type(e).__name__, isinstance(e, FolderLost)
+    told = {r: said for r, said in enumerate(from_all_ranks((mine, lost))) if said[0]}
+    if not told: return
+    kind = FolderLost if any(lost for _, lost in told.values()) else StorageFailed
+    raise kind("; ".join(said if world_size() == 1 else f"rank {r}: {said}" for r, (said, _) in told.items()))
 
 # %% ../../nbs/safe/03_storage.ipynb #98173848
 FAIL_POINTS = {
