@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from llava_nb import train
 from llava_nb.conversation import KINDS, get_template
 from llava_nb.safe.doctor import self_test
-from llava_nb.imageproc import open_image
+from llava_nb.base.image_files import open_image
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.store.records import Gate, Records
 
@@ -226,7 +226,7 @@ def test_a_picture(world, case, capsys):
 
 def test_16_bits_keep_their_range_and_alpha_is_the_references(world):
     """64, 65: nothing is clipped to white or black; transparency goes as convert("RGB") lets it go."""
-    from llava_nb.imageproc import to_rgb
+    from llava_nb.base.image_files import to_rgb
     for value in (0, 300, 40_000, 65_535): assert to_rgb(Image.new("I;16", (2, 2), value)).getpixel((0, 0)) == (value >> 8,) * 3
     for mode in ("I", "F"):
         with pytest.raises(ValueError, match="no known range"): to_rgb(Image.new(mode, (2, 2), 70_000))

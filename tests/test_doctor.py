@@ -9,7 +9,7 @@ from runs import config, make_world, run
 from test_catalogue_data import PICTURES, RECORDS, SOUND, of, said, shown, slug
 
 from llava_nb import train
-from llava_nb.imageproc import open_image
+from llava_nb.base.image_files import open_image
 
 
 @pytest.fixture(scope="module")

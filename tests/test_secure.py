@@ -24,13 +24,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import llava_nb.safe.convert as convert
-import llava_nb.imageproc as imageproc
+import llava_nb.base.image_files as image_files
 import llava_nb.base.trust as trust
 from llava_nb import chat, train
 from llava_nb.run import chat_command, checks
 from llava_nb.safe.integrity import seal
 from llava_nb.conversation import get_template
-from llava_nb.imageproc import Bounded, Refused, open_image
+from llava_nb.base.image_files import Bounded, Refused, open_image
 from llava_nb.llava import load_llava, load_tower, read_projector
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.vision import image_processor_for
@@ -534,10 +534,10 @@ def test_real_pictures_are_far_from_the_bounds():
     for data in (saved(photo.convert("RGB"), "JPEG", progressive=True), saved(photo, "PNG"), saved(photo, "GIF"), saved(photo, "BMP"), saved(photo, "WEBP"), scans(9)):
         bounded = Bounded(io.BytesIO(data))
         with Image.open(bounded) as image: image.load()
-        assert bounded.left > .99 * imageproc.MAX_READS
+        assert bounded.left > .99 * image_files.MAX_READS
         with open_image(io.BytesIO(data)) as image: image.load()
     data = saved(photo, "JPEG", progressive=True)
-    assert imageproc.count_scans(data[data.index(b"\xff\xda"):]) == data.count(b"\xff\xda") == 6
+    assert image_files.count_scans(data[data.index(b"\xff\xda"):]) == data.count(b"\xff\xda") == 6
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
@@ -545,7 +545,7 @@ def test_a_picture_of_ten_thousand_warnings_is_one_note_at_most(kind, tmp_path):
     overlapping = exif(5300, 64_000)
     data = JPEG[:2] + in_segments(overlapping) + JPEG[2:] if kind == "JPEG" else saved(Image.new("RGB", (64, 64)), kind, exif=overlapping)
     (tmp_path / f"a.{kind.lower()}").write_bytes(data)
-    code = "import sys; from llava_nb.imageproc import open_image, oddities\nwith open_image(sys.argv[1]) as image: print(oddities(image, sys.argv[1])); image.load()"
+    code = "import sys; from llava_nb.base.image_files import open_image, oddities\nwith open_image(sys.argv[1]) as image: print(oddities(image, sys.argv[1])); image.load()"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / f"a.{kind.lower()}")], capture_output=True, text=True, check=True)
     assert done.stderr == "" and done.stdout.count("\n") == 1 and ("damaged" in done.stdout) == (kind == "WEBP")      # of a JPEG it was read when it was opened
 

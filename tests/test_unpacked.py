@@ -20,7 +20,8 @@ from llava_nb.store import records as reading
 from llava_nb import train
 from llava_nb.store import unpacked
 from llava_nb.conversation import get_template
-from llava_nb.imageproc import ImageTransform, TooLarge
+from llava_nb.base.image_files import TooLarge
+from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.store.records import Folder, LlavaDataset, held_name, image_held, read_records
 from llava_nb.store.unpacked import Unpacked, unpack, with_unpacked

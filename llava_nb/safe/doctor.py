@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..conversation import BadRecord, image_of, normalise
-from ..imageproc import Refused, oddities, open_image, scale
+from ..base.image_files import Refused, oddities, open_image, scale
 from ..masking import IGNORE_INDEX
 from ..store.records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, parsed, raw_rows, with_findings, with_pictures
 from .storage import open_new

@@ -24,7 +24,7 @@ import pyarrow.compute
 from filelock import FileLock
 
 from ..conversation import BadRecord
-from ..imageproc import MAX_BYTES, TooLarge
+from ..base.image_files import MAX_BYTES, TooLarge
 from .records import cache_folder, checksum, make_durable
 from ..base.terminal import printable, shown
 
