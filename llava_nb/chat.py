@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, DynamicCache, LlavaConfig, LlavaForCondi
 import llava_nb.base.trust as trust
 from .checkpoint import as_trained, stops, unsayable
 from .conversation import IMAGE_TOKEN, normalise
-from .imageproc import MAX_BYTES, ImageTransform, Refused, check_size
+from .base.image_files import MAX_BYTES, Refused, check_size
+from .imageproc import ImageTransform
 from .llava import load_llava
 from .masking import Encoded
 from .base.terminal import shown

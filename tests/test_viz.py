@@ -59,6 +59,12 @@ def test_foreign_text_is_drawn_and_never_interpreted(recwarn):
     assert repr(hostile).startswith(r"context  \x1b[31m|\u6771|$x^2$|<b>|\U0001f525")
 
 
+def test_a_strip_for_a_page_of_its_own_is_escaped():
+    page = viz.token_html(["<script>", "<image>", "<image>", "▁A"], [False, False, False, True])
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;image&gt;×2" in page
+    assert f"background-color: {viz.FILLS['learned']['facecolor']}" in page and ">·A</span>" in page
+
+
 def test_a_flag_for_each_token():
     with pytest.raises(ValueError, match="2 tokens but 1 learned flags"): viz.token_strip(["a", "b"], [True])
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'PNG', 'FILLS', 'BLANKS', 'WIDTH', 'CHAR', 'ROW', 'LINE', 'GAP', 'style', 'setup', 'legend_of',
-           'Html', 'table', 'Drawing', 'token_strip', 'aligned_rows', 'image_grid', 'bars', 'dialogue', 'architecture']
+           'Html', 'table', 'Drawing', 'token_strip', 'token_html', 'aligned_rows', 'image_grid', 'bars', 'dialogue',
+           'architecture']
 
 # %% ../../nbs/base/02_viz.ipynb #96f73e0a
 import html
@@ -141,6 +142,12 @@ def _visible(text: str) -> str:
 WIDTH, CHAR, ROW = 92, 0.0735, 0.235      # characters in a line of a strip; inches: a character, a line
 
 
+def _kinds(tokens: Sequence[str], learned: Sequence[bool], image_token: str) -> list[str]: # keys of `FILLS`
+    if len(tokens) != len(learned):
+        raise ValueError(f"{len(tokens)} tokens but {len(learned)} learned flags: give one flag for each token")
+    return ["image" if t == image_token else "learned" if flag else "context" for t, flag in zip(tokens, learned)]
+
+
 def _chips(tokens: Sequence[str], kinds: Sequence[str], image_token: str) -> Iterator[tuple[str, str]]: # text, kind
     "What is drawn: every token by itself, each run of placeholders as one"
     for (_, kind), run in groupby(enumerate(kinds), key=lambda k: (k[1] != "image" and k[0], k[1])):
@@ -194,9 +201,7 @@ def token_strip(
     unit: str = "tokens",       # what the entries are, for the legend
 ) -> Drawing:                   # the strip with its legend and counts
     "Tokens as chips, coloured by whether the loss counts them"
-    if len(tokens) != len(learned):
-        raise ValueError(f"{len(tokens)} tokens but {len(learned)} learned flags: give one flag for each token")
-    kinds = ["image" if t == image_token else "learned" if flag else "context" for t, flag in zip(tokens, learned)]
+    kinds = _kinds(tokens, learned, image_token)
     chips = list(_chips(tokens, kinds, image_token))
     counts = {kind: f"{kinds.count(kind):,} {kind}" for kind in FILLS if kind in kinds}
     total = f"of {len(tokens):,} {unit}"
@@ -219,6 +224,26 @@ def _strip(placed: list[tuple[int, int, str, str]], title: str, counts: dict[str
             ax.text(left, middle, label, va="center", fontsize=8.5, color="#333333")
             x += (len(label) + 5) * CHAR
     return fig
+
+# %% ../../nbs/base/02_viz.ipynb #ad8b0b8c
+def token_html(
+    tokens: Sequence[str],      # as for `token_strip`
+    learned: Sequence[bool],    # as for `token_strip`
+    image_token: str = "<image>",
+) -> str: # HTML, every text escaped
+    "A token strip for a page that keeps its styles"
+    kinds = _kinds(tokens, learned, image_token)
+    spans = (_span(text, kind) for text, kind in _chips(tokens, kinds, image_token))
+    legend = (f"{_span(kind, kind)} {kinds.count(kind):,}" for kind in FILLS if kind in kinds)
+    return (f'<div style="font-family: monospace; line-height: 1.8">{" ".join(spans)}</div>'
+            f'<div style="font-size: 90%">{" ".join(legend)}</div>')
+
+
+def _span(text: str, kind: str) -> str:
+    "One chip, its colours stated both ways so that a dark theme changes neither"
+    ink, weight = "#ffffff" if kind in _DARK else "#222222", 700 if kind == "learned" else 400
+    return (f'<span style="background-color: {FILLS[kind]["facecolor"]}; color: {ink}; font-weight: {weight}; '
+            f'padding: 1px 4px; border-radius: 3px; display: inline-block">{html.escape(text)}</span>')
 
 # %% ../../nbs/base/02_viz.ipynb #d05fb00e
 @dataclass(frozen=True)

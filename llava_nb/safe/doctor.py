@@ -27,7 +27,7 @@ from ..masking import IGNORE_INDEX
 from ..store.records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, parsed, raw_rows, with_findings, with_pictures
 from .storage import open_new
 from ..base.terminal import printable, shown
-from ..base.viz import token_strip
+from ..base.viz import token_html
 
 # %% ../../nbs/safe/08_doctor.ipynb #b0c8108c
 _SAID = [("<image>\nWhat is on the table?", "A red bus, 2 cups."), ("Is it </s> or USER: here?", "It says ASSISTANT: yes."), ("Où est-ce?", "東京, naïve 🦊")]
@@ -196,7 +196,7 @@ def strip(
     except ValueError: return f"<pre>{escape(shown(record, 1500))}</pre>"
     ids = encoded.input_ids[:longest]
     tokens = ["<image>" if i == gate.encoder.image_token_id else gate.encoder.tokenizer.convert_ids_to_tokens(i) for i in ids]
-    return token_strip(tokens, [label != IGNORE_INDEX for label in encoded.labels[:longest]]).source + (f"<p>and {len(encoded.input_ids) - longest:,} more tokens" if len(encoded.input_ids) > longest else "")
+    return token_html(tokens, [label != IGNORE_INDEX for label in encoded.labels[:longest]]) + (f"<p>and {len(encoded.input_ids) - longest:,} more tokens" if len(encoded.input_ids) > longest else "")
 
 # %% ../../nbs/safe/08_doctor.ipynb #662f27a8
 def page(
