@@ -21,7 +21,7 @@ help:            ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 20
 
 demo: $(STAMP)   ## real weights, real pictures: two stages of training, an evaluation and a chat, in runs/demo
-	$(ENV) $(BIN)/python -m llava_nb.demo.demo
+	$(ENV) $(BIN)/python -m llava_nb.demo
 
 test: $(STAMP)   ## the sync test, every notebook, every fast test
 	$(PYTEST) tests/test_sync.py
