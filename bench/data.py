@@ -29,7 +29,9 @@ from transformers import CLIPImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.store.records import BLOCK, Gate, Records, encode
+from llava_nb.dataset import encode
+from llava_nb.store.conversion import validate_files
+from llava_nb.store.validate import BLOCK, Gate
 from llava_nb.store.shards import Shards, write_shards
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +65,7 @@ class Listed(Dataset):
 
 class Mapped(Listed):
     "Records mapped from their conversion."
-    def __init__(self, path: Path, cache: Path): self.gate = gate(); self.records = Records.from_files(path, self.gate, cache)
+    def __init__(self, path: Path, cache: Path): self.gate = gate(); self.records = validate_files(path, self.gate, cache)
 
 
 def private(process: psutil.Process) -> float:
@@ -105,7 +107,7 @@ def convert(path: Path, cache: Path, out) -> None:
             except (psutil.Error, OSError): pass        # a process has just ended
     threading.Thread(target=watch, daemon=True).start()
     start = time.perf_counter()
-    found = Records.from_files(path, gate(), cache)
+    found = validate_files(path, gate(), cache)
     done.set()
     out.put({"seconds": time.perf_counter() - start, "records": len(found), "bad": len(found.problems), "peak": peak[0]})
 

@@ -175,7 +175,7 @@ def connect_rows(
 def _if_needed(tower: nn.Module, pixel_values: torch.Tensor, *args, **kwargs):
     "The tower's forward; for features instead of pixels, these; for nothing, zeros of the same width; as every hidden state that may be asked for."
     needed, given, tower.needed, tower.given = tower.needed, tower.given, True, False      # one answer
-    if needed and given: return BaseModelOutputWithPooling(hidden_states=(pixel_values,) * tower.states)      # from store/04_features
+    if needed and given: return BaseModelOutputWithPooling(hidden_states=(pixel_values,) * tower.states)      # from store/10_features
     if needed: return type(tower).forward(tower, pixel_values, *args, **kwargs)
     zeros = pixel_values.new_zeros(1, 2, tower.config.hidden_size, dtype=tower.dtype)
     return BaseModelOutputWithPooling(hidden_states=(zeros,) * tower.states)

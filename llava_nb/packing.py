@@ -38,7 +38,7 @@ def _pictures(samples: Sequence[dict], image_shape: tuple[int, ...]) -> dict[str
     place = {key: k for k, key in enumerate(each)}
     stacked = torch.stack([*each.values()]) if each else torch.zeros(1, *image_shape)
     found = {"pixel_values": stacked, "picture_of": torch.tensor([place[id(p)] for p in shown], dtype=torch.long)}
-    return found | ({"features": True} if len(image_shape) == 2 else {})      # a tower's, [F, h], from store/04_features
+    return found | ({"features": True} if len(image_shape) == 2 else {})      # a tower's, [F, h], from store/10_features
 
 # %% ../nbs/09_packing.ipynb #2f16d7dc
 def collate_packed(

@@ -58,7 +58,8 @@ import llava_nb.fast.meter as meter
 import llava_nb.fast.recompute as recompute
 import llava_nb.objective as objective
 import llava_nb.optim as optim
-import llava_nb.store.records as records
+import llava_nb.store.dataset as stored
+import llava_nb.store.files as record_files
 import llava_nb.sampler as sampler
 import llava_nb.safe.storage as storage
 import llava_nb.base.terminal as terminal
@@ -163,7 +164,7 @@ def check_training(
     "Types and choices of the training fields, without making them, which would join the ranks."
     args, wrong = training_fields(run), problems_.Problems()
     for said in _values(run, args) + _together(run, args): wrong.add(ValueError(said))
-    for check in (lambda: records.stopping([], run.data.bad_records), lambda: records.check_budget(0, 0, run.data.max_bad),
+    for check in (lambda: stored.stopping([], run.data.bad_records), lambda: stored.check_budget(0, 0, run.data.max_bad),
                   lambda: _check_template(run.data.template), lambda: _check_deepspeed(args),
                   lambda: optim.factors(args.lr_scheduler_type, 1, 10, args.lr_scheduler_kwargs, args.learning_rate if args.learning_rate > 0 else 1.0)):
         with wrong.noted(): check()
@@ -310,8 +311,8 @@ class Pieces:
     model: transformers.LlavaForConditionalGeneration
     tokenizer: transformers.PreTrainedTokenizerBase
     image_processor: object
-    dataset: records.LlavaDataset
-    eval_dataset: records.LlavaDataset | None
+    dataset: stored.ValidatedDataset
+    eval_dataset: stored.ValidatedDataset | None
 
 def build(
     run: config.Run,
@@ -329,7 +330,7 @@ def use_features(
     run: config.Run,
     args: trainer.LlavaTrainingArguments,
     start: str, # llava-hf folder or hub id
-    datasets: list[records.LlavaDataset], # changed in place
+    datasets: list[stored.ValidatedDataset], # changed in place
 ) -> None:
     "Have data sets hand over features instead of pixels."
     found, (weights, autocast) = trust.load(transformers.AutoConfig, start), checks.precision(args)
@@ -521,12 +522,12 @@ def size_of_data(
     if not paths or any("://" not in path and not Path(path).exists() for path in paths):
         return *PUBLISHED[run.stage], "the published number of records, at an estimated length", None, 0
     has_image, pictures, sample, rng = [], set(), [], random.Random(0)
-    for n, record in enumerate(records.read_records(checks.record_files(run, paths)[0])):
+    for n, record in enumerate(record_files.read_records(checks.record_files(run, paths)[0])):
         has_image.append(isinstance(record, dict) and conversation.image_of(record) is not None)
         if has_image[-1]: pictures.add(hash(str(record["image"])))
         k = n if n < MEASURED else rng.randrange(n + 1)         # reservoir sampling
         if k < MEASURED: sample[k:k + 1] = [record]
-    tokens = float(records.estimate_lengths(sample, image_seq_len=c.shape.config.image_seq_length).mean())
+    tokens = float(stored.estimate_lengths(sample, image_seq_len=c.shape.config.image_seq_length).mean())
     return len(has_image), tokens, f"records counted, tokens estimated from words, of {len(sample):,} of them: there is no tokenizer", has_image, len(pictures)
 
 MEASURED = 2_000            # records whose length a dry run without a tokenizer estimates

@@ -40,7 +40,7 @@ from .fast.recompute import set_recompute
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
 from .packing import Dealer, PackedCollator, micro_steps_for
-from .store.records import record_id
+from .dataset import record_id
 from .sampler import Plan
 from .safe.state import Training, check_optimizer, load_random, load_state, pieces, save_state
 from .safe.storage import (FolderLost, Hold, NoCheckpoint, StorageFailed, amount, check_room, clear, fail_point, note, open_new, read_object,

@@ -19,7 +19,8 @@ from llava_nb.conversation import KINDS, get_template
 from llava_nb.safe.doctor import self_test
 from llava_nb.base.image_files import open_image
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.store.records import Gate, Records
+from llava_nb.store.conversion import validate_files
+from llava_nb.store.validate import Gate
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_a_picture_that_may_not_be_read(tmp_path):
     for above in tmp_path.parents[:2]: above.chmod(0o755)
     Image.new("RGB", (9, 9)).save(tmp_path / "x.png"); (tmp_path / "x.png").chmod(0)
     from llava_nb.safe.doctor import look
-    from llava_nb.store.records import Folder
+    from llava_nb.store.images import Folder
     source = Folder(tmp_path)
     child = os.fork()
     if child == 0:
@@ -327,4 +328,4 @@ def test_a_thousand_faults_are_a_thousand_findings(world, capsys):
     code, said, _ = examined(world, "thousand", None, capsys, "--bad_records", "skip")
     assert code == 0
     gate = Gate(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 256))
-    assert len(Records.from_files(world / "thousand.data.json", gate)) + sum(1 for f in listed if f["kind"] not in ("missing", "path")) == 1500
+    assert len(validate_files(world / "thousand.data.json", gate)) + sum(1 for f in listed if f["kind"] not in ("missing", "path")) == 1500

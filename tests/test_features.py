@@ -17,7 +17,7 @@ from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import load_llava, load_tower, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.fast.meter import Work
-from llava_nb.store.records import LlavaDataset
+from llava_nb.store.dataset import ValidatedDataset
 from runs import config, farthest, launch, make_world, run, weights
 
 SHORT = {"max_steps": 4, "save_steps": 4, "sampler": "modality"}
@@ -56,7 +56,7 @@ def dataset(tmp_path):
     for k in range(6): Image.fromarray(np.random.default_rng(k).integers(0, 255, (40, 50, 3), np.uint8)).save(tmp_path / f"{k}.png")
     record = lambda k: {"id": k, "image": f"{k % 6}.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"{k}."}]}      # noqa: E731
     clip = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    return LlavaDataset([record(k) for k in range(9)], get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 128), ImageTransform(clip, "pad"), tmp_path)
+    return ValidatedDataset([record(k) for k in range(9)], get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 128), ImageTransform(clip, "pad"), tmp_path)
 
 
 def extractor(seed=0, layer=-2): return Extractor(tiny_llava(tiny_tokenizer(), seed).model.vision_tower, layer)
@@ -65,12 +65,12 @@ def extractor(seed=0, layer=-2): return Extractor(tiny_llava(tiny_tokenizer(), s
 def test_a_fill_that_was_stopped_goes_on_and_a_torn_row_is_not_believed(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "AT_ONCE", 2); monkeypatch.setattr(features, "SAFE", 1)
     whole, calls = cached_features(dataset, extractor(), tmp_path / "whole"), []
-    pixels = LlavaDataset.pixels
+    pixels = ValidatedDataset.pixels
     def stops(self, i):
         calls.append(i)
         if len(calls) == 5: raise KeyboardInterrupt
         return pixels(self, i)
-    monkeypatch.setattr(LlavaDataset, "pixels", stops)
+    monkeypatch.setattr(ValidatedDataset, "pixels", stops)
     with pytest.raises(KeyboardInterrupt): cached_features(dataset, extractor(), tmp_path / "stopped")
     (folder,) = [p for p in (tmp_path / "stopped").iterdir() if p.is_dir()]
     with (folder / "features.bin").open("ab") as f: f.write(b"torn")

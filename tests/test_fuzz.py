@@ -20,7 +20,12 @@ from llava_nb.safe.doctor import Findings, look, summary, write
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.packing import collate_packed
-from llava_nb.store.records import Folder, Gate, LlavaDataset, Records, encode, record_id, with_pictures
+from llava_nb.dataset import encode, record_id
+from llava_nb.store.conversion import validate_files
+from llava_nb.store.dataset import ValidatedDataset
+from llava_nb.store.images import Folder
+from llava_nb.store.records import with_pictures
+from llava_nb.store.validate import Gate
 
 COUNT, PICTURES = int(os.environ.get("FUZZ", 3000)), int(os.environ.get("FUZZ_PICTURES", 300))
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 200)
@@ -110,7 +115,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 def test_a_mutated_picture_is_decoded_or_refused_and_nothing_else(tmp_path, record_property):
     rng, decoded, refused, files = random.Random(0), 0, 0, originals()
     (tmp_path / "x").write_bytes(files[0])
-    dataset = LlavaDataset([{"id": "fuzz", "image": "x", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A fox."}]}], get_template("v1"), ENCODER, ImageTransform(PIL, "pad", reduced_jpeg=True, apply_exif=True), tmp_path)
+    dataset = ValidatedDataset([{"id": "fuzz", "image": "x", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A fox."}]}], get_template("v1"), ENCODER, ImageTransform(PIL, "pad", reduced_jpeg=True, apply_exif=True), tmp_path)
     for _ in range(PICTURES):
         (tmp_path / "x").write_bytes(mutated(rng.choice(files), rng))
         try: pixels = dataset[0]["pixel_values"]
@@ -130,7 +135,7 @@ def test_the_doctor_tells_of_mutated_records_and_pictures(tmp_path):
     (tmp_path / "x" / "y.png").write_bytes(originals()[0]); (tmp_path / "z.jpg").write_bytes(mutated(originals()[5], rng))
     records = [mutate(copy.deepcopy(rng.choice(seeds())), rng) for _ in range(COUNT // 10)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
-    checked, found = with_pictures(Records.from_files(tmp_path / "r.jsonl", gate, tmp_path / "cache"), Folder(tmp_path)), Findings()
+    checked, found = with_pictures(validate_files(tmp_path / "r.jsonl", gate, tmp_path / "cache"), Folder(tmp_path)), Findings()
     found.add(checked, Folder(tmp_path), deep=True)
     write(found, gate, tmp_path / "out")
     listed = [json.loads(line) for line in (tmp_path / "out" / "findings.jsonl").read_text().splitlines()]

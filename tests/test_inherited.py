@@ -17,7 +17,7 @@ from llava_nb.imageproc import ImageTransform
 from llava_nb.run.inherited import ACTS, AS_IT_IS, REFUSED, refused
 from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.store.records import LlavaDataset
+from llava_nb.dataset import LlavaDataset
 from llava_nb.trainer import OWN, LlavaTrainer, LlavaTrainingArguments, loading
 
 FIELDS = {f.name: f for f in fields(TrainingArguments) if f.init}

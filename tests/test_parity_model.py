@@ -19,7 +19,7 @@ from llava_nb.masking import Encoder
 from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
 from llava_nb.packing import collate_packed, collate_padded
-from llava_nb.store.records import LlavaDataset
+from llava_nb.dataset import LlavaDataset
 from llava_nb.sampler import Plan
 from llava_nb.trainer import PlanSampler
 

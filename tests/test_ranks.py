@@ -21,7 +21,7 @@ from llava_nb.llava import load_llava, shape_of
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.fast.meter import row_cost
 from llava_nb.packing import Dealer, micro_steps_for
-from llava_nb.store.records import encode
+from llava_nb.dataset import encode
 from llava_nb.sampler import Plan
 from llava_nb.trainer import PlanSampler
 

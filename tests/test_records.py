@@ -9,7 +9,8 @@ from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
-from llava_nb.store.records import BLOCK, Gate, LlavaDataset, Records, convert, data_files, read_records
+from llava_nb.store.dataset import ValidatedDataset
+from llava_nb.store.files import read_records
 
 ENCODER = Encoder(tiny_tokenizer(), 2048, 16, 256)
 CLIP = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
@@ -21,7 +22,7 @@ def record(id="a", image=None, question="What?", answer="A fox.") -> dict:
 
 
 def dataset(records, folder=None, **kw):
-    return LlavaDataset(records, get_template("v1"), ENCODER, ImageTransform(CLIP, "pad"), folder, **kw)
+    return ValidatedDataset(records, get_template("v1"), ENCODER, ImageTransform(CLIP, "pad"), folder, **kw)
 
 
 @pytest.mark.parametrize("text, message", [('[{"a": 1}, {"b"', "not JSON at line 1"), ("version https://git-lfs.github.com/spec/v1", "Git-LFS"), ("<!DOCTYPE html>", "web page"), ("", "is empty"),
@@ -140,7 +141,7 @@ def test_paths_and_ids_that_the_system_refuses_are_problems_and_not_crashes(tmp_
 
 def test_pictures_without_a_transform_are_refused(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no image_transform"): LlavaDataset([record("a", "x.png")], get_template("v1"), ENCODER, None, tmp_path)
+    with pytest.raises(ValueError, match="no image_transform"): ValidatedDataset([record("a", "x.png")], get_template("v1"), ENCODER, None, tmp_path)
 
 
 MARKUP = ("```html\n<video>\n<source src='a.mp4'></video>\n```", "Use <video controls></video>.", "`<image>` is a tag of RSS", "<picture><source></picture>",

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from llava_nb import train
+from llava_nb.dataset import encode
 from llava_nb.masking import tiny_tokenizer
 
 PARTS = {"language_model": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "projector": "random"}
@@ -72,7 +73,7 @@ def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, mon
     assert train.main(argv) == 0
     out = capsys.readouterr().out
     encoder, template = train.masking.Encoder(tokenizer, len(tokenizer), 576, 2048), train.conversation.get_template("v1")
-    mean = sum(len(train.records.encode(r, template, encoder).input_ids) for r in (PICTURE, TEXT)) / 2
+    mean = sum(len(encode(r, template, encoder).input_ids) for r in (PICTURE, TEXT)) / 2
     assert "4 of 8 records" in out and f"20 records, {mean:,.0f} tokens each (all of them checked and counted)" in out
 
 

@@ -16,14 +16,16 @@ from PIL import Image
 from pyarrow import parquet
 from transformers import CLIPImageProcessorPil
 
-from llava_nb.store import records as reading
+from llava_nb.store import files as reading
 from llava_nb import train
 from llava_nb.store import unpacked
 from llava_nb.conversation import get_template
 from llava_nb.base.image_files import TooLarge
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.store.records import Folder, LlavaDataset, held_name, image_held, read_records
+from llava_nb.store.dataset import ValidatedDataset
+from llava_nb.store.files import held_name, image_held, read_records
+from llava_nb.store.images import Folder
 from llava_nb.store.unpacked import Unpacked, unpack, with_unpacked
 from runs import config, farthest, launch, make_world, verdicts, weights
 
@@ -57,7 +59,7 @@ def record(k, image, **more):
 def dataset(file, folder=None, **how):
     clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     source = with_unpacked([file], Folder(folder) if folder else None)
-    return LlavaDataset(file, get_template("v1"), Encoder(tiny_tokenizer(), 2048, 4, 128), ImageTransform(clip, "pad"), source, **how)
+    return ValidatedDataset(file, get_template("v1"), Encoder(tiny_tokenizer(), 2048, 4, 128), ImageTransform(clip, "pad"), source, **how)
 
 
 def in_parquet(world, group=20):
@@ -136,7 +138,7 @@ def test_memory_is_bounded_by_a_row_group(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from llava_nb.store.records import read_records
+from llava_nb.store.files import read_records
 from llava_nb.store.unpacked import unpack
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 file, before = Path(sys.argv[1]), peak()

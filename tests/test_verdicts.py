@@ -215,9 +215,9 @@ def test_a_dry_run_says_what_it_could_not_check(world, tmp_path, capsys):
 
 
 def test_a_dry_run_converts_once_and_the_run_reads_it(world, tmp_path, capsys, monkeypatch):
-    from llava_nb.store import records
-    made, convert = [], records.convert
-    monkeypatch.setattr(records, "convert", lambda *a: (made.append(1), convert(*a)))
+    from llava_nb.store import conversion
+    made, convert = [], conversion.convert
+    monkeypatch.setattr(conversion, "convert", lambda *a: (made.append(1), convert(*a)))
     file, _ = config(world, "once", records_cache=str(tmp_path), projector=str(world / "no"))
     assert train.main([str(file), "--dry_run"]) == 0 and made == [1]
     assert train.main(["doctor", str(file)]) == 2 and train.main([str(file), "--dry_run"]) == 0 and made == [1]

@@ -21,7 +21,8 @@ from transformers import CLIPImageProcessorPil
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.store.records import Folder, LlavaDataset
+from llava_nb.store.dataset import ValidatedDataset
+from llava_nb.store.images import Folder
 from llava_nb import train
 from llava_nb.safe.loss_alarm import LossAlarm
 from llava_nb.safe.processes import launches, orphaned, program_of
@@ -214,7 +215,7 @@ def stalling(tmp_path_factory) -> Path:
     program = tmp_path_factory.mktemp("stalling") / "stalling.py"
     program.write_text(f"""import os, sys, time
 sys.path[0] = {str(ROOT)!r}
-from llava_nb.store.records import Folder
+from llava_nb.store.images import Folder
 from llava_nb.train import program
 opened = Folder.open
 def stalls(folder, name):
@@ -265,11 +266,11 @@ class Failing(Folder):
 
 
 def test_a_read_that_fails_for_a_moment_is_tried_again_and_then_named(world, capsys, monkeypatch):
-    monkeypatch.setattr("llava_nb.store.records.PAUSES", (.01, .01, .01))
+    monkeypatch.setattr("llava_nb.store.dataset.PAUSES", (.01, .01, .01))
     tokenizer = tiny_tokenizer()
     encoder, transform = Encoder(tokenizer, len(tokenizer) - 1, 16, 256), ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), "pad")
     records = [r for r in json.loads((world / "records.json").read_text()) if "image" in r]
-    data = lambda times: LlavaDataset(records, get_template("v1"), encoder, transform, Failing(world, times))
+    data = lambda times: ValidatedDataset(records, get_template("v1"), encoder, transform, Failing(world, times))
     assert torch.equal(data(3).pixels(0), data(0).pixels(0))
     assert [f"({k} of 3)" in line and records[0]["image"] in line for k, line in enumerate(capsys.readouterr().err.splitlines(), 1)] == [True] * 3
     with pytest.raises(ValueError, match=f"{records[0]['image']}: cannot be read, 4 times .*Input/output error"): data(4).pixels(0)

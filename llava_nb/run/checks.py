@@ -37,7 +37,12 @@ import llava_nb.llava as llava
 import llava_nb.masking as masking
 import llava_nb.fast.meter as meter
 import llava_nb.optim as optim
+import llava_nb.store.conversion as conversion
+import llava_nb.store.dataset as stored
+import llava_nb.store.files as sources
+import llava_nb.store.images as images
 import llava_nb.store.records as records
+import llava_nb.store.validate as validate
 import llava_nb.store.shards as shards
 import llava_nb.safe.state as state
 import llava_nb.safe.storage as storage
@@ -59,9 +64,9 @@ class Checked:
     found: Problems = field(default_factory=Problems)
     unknown: list[str] = field(default_factory=list)             # what a dry run could not check, and why
     shape: transformers.LlavaForConditionalGeneration | None = None      # the model without weights
-    gate: records.Gate | None = None
+    gate: validate.Gate | None = None
     processor: object = None                                     # of images
-    sets: dict[str, records.LlavaDataset] = field(default_factory=dict)      # by setting
+    sets: dict[str, stored.ValidatedDataset] = field(default_factory=dict)      # by setting
     resume: str | None = None                                    # the checkpoint to go on from
     writable: bool = False                                       # the output folder is as a run needs it
     hold: storage.Hold | None = None                             # on the output folder, of the first rank of a run
@@ -153,7 +158,7 @@ def gate_of(
     shape: transformers.LlavaForConditionalGeneration, # see `dry_model`
     local: bool = False, # ask no network
     today: date | None = None, # see `own_template`
-) -> records.Gate:
+) -> validate.Gate:
     "What every record must pass."
     m, features = run.model, shape.config.image_seq_length
     tokenizer = trust.load(transformers.AutoTokenizer, m.model or m.language_model, local_files_only=local)
@@ -161,7 +166,7 @@ def gate_of(
     image_token_id = shape.config.image_token_id if m.model else llava.add_image_token(tokenizer)
     template = conversation.get_template(run.data.template, tokenizer, today)
     check_length(run, features)
-    gate = records.Gate(template, masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length, spoken), run.data.repair)
+    gate = validate.Gate(template, masking.Encoder(tokenizer, image_token_id, features, run.data.model_max_length, spoken), run.data.repair)
     found = architecture(m.model or m.language_model)
     text = getattr(found, "text_config", found)
     doctor.self_test(gate, text.vocab_size, getattr(text, "max_position_embeddings", None))
@@ -211,7 +216,7 @@ def check_processor(c: Checked) -> None:
 def record_files(
     run: config.Run,
     paths: list[str], # `data_path` or `eval_data_path`
-) -> tuple[Path | tuple[str, ...], shards.Shards | None]: # for `records.data_files`; the shards that hold them
+) -> tuple[Path | tuple[str, ...], shards.Shards | None]: # for `sources.data_files`; the shards that hold them
     "Which files hold the records: those that are named, or one made of tar shards."
     tar = [path for path in paths if shards.is_shards(path)]
     if not tar: return tuple(paths), None
@@ -227,15 +232,15 @@ def record_files(
 def places(
     run: config.Run,
     paths: list[str], # see `record_files`
-) -> tuple[Path | tuple[str, ...], records.Folder | shards.Shards | unpacked.Unpacked | None]: # files; their pictures
+) -> tuple[Path | tuple[str, ...], images.Folder | shards.Shards | unpacked.Unpacked | None]: # files; their pictures
     "What a data path and the image folder name: files, images that these hold, or shards."
     folder, cache = run.data.image_folder, run.data.records_cache
     files, inside = record_files(run, paths)
     source = inside
-    if folder: source = shards.Shards(folder, cache) if shards.is_shards(folder) else records.Folder(folder)
-    return files, unpacked.with_unpacked(records.data_files(files), source, cache)
+    if folder: source = shards.Shards(folder, cache) if shards.is_shards(folder) else images.Folder(folder)
+    return files, unpacked.with_unpacked(sources.data_files(files), source, cache)
 
-class _Unseen(records.Folder):
+class _Unseen(images.Folder):
     "A picture folder that is not here, of which a dry run says nothing."
     def problems(self, images): return {}
 
@@ -243,14 +248,14 @@ def _of_its_size(side: int) -> transformers.CLIPImageProcessorPil:
     "Decodes and cuts pictures as a tower does that is not on this machine; the values are not its own."
     return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
-def _data_set(c: Checked, paths: list[str]) -> records.LlavaDataset:
+def _data_set(c: Checked, paths: list[str]) -> stored.ValidatedDataset:
     found, source = places(c.run, paths)
     d, cache = c.run.data, c.run.data.records_cache
-    if c.findings is not None: c.findings.add(records.with_pictures(records.Records.from_files(found, c.gate, cache), source), source, c.run.run.deep)
+    if c.findings is not None: c.findings.add(records.with_pictures(conversion.validate_files(found, c.gate, cache), source), source, c.run.run.deep)
     if _lost(c, "image_folder"): source = _Unseen(d.image_folder)
     processor = c.processor or _of_its_size(vision.image_size(c.shape.config.vision_config))      # a dry run may lack the tower
     transform = imageproc.ImageTransform(processor, d.image_aspect_ratio, d.apply_exif, d.reduced_jpeg)
-    return records.LlavaDataset(found, c.gate.template, c.gate.encoder, transform, source, d.bad_records, cache, d.repair, d.max_bad, d.findings)
+    return stored.ValidatedDataset(found, c.gate.template, c.gate.encoder, transform, source, d.bad_records, cache, d.repair, d.max_bad, d.findings)
 
 def _lost(c: Checked, setting: str) -> bool:
     "Whether a dry run does without what this setting names."
@@ -276,13 +281,13 @@ def check_pictures(c: Checked) -> None:
 
 def open_pictures(
     c: Checked,
-    dataset: records.LlavaDataset,
+    dataset: stored.ValidatedDataset,
 ) -> None:
     "Refuse pictures that cannot be read; the ranks share them."
     seconds, known = c.run.run.look_seconds, c.findings and c.findings.pictures
     shares = zero.from_all_ranks(doctor.first_look(dataset, seconds, zero.rank(), zero.world_size(), known=known))
     opened, bad, total = sum(n for n, _ in shares), [str(p) for _, share in shares for p in share], len(set(dataset.pictures.tolist()) - {-1})
-    if bad: raise Lines(f"{len(bad):,} of {opened:,} pictures cannot be read (`llava_nb doctor` looks at all, and its --findings with --bad_records leave them out):\n" + "\n".join(f"  {p}" for p in bad[:records.SHOWN]))
+    if bad: raise Lines(f"{len(bad):,} of {opened:,} pictures cannot be read (`llava_nb doctor` looks at all, and its --findings with --bad_records leave them out):\n" + "\n".join(f"  {p}" for p in bad[:stored.SHOWN]))
     if opened < total and zero.rank() == 0: say(f"pictures: {opened:,} of {total:,} opened in {seconds:g} s, none is bad; `llava_nb doctor` opens all")
 
 # %% ../../nbs/run/04_checks.ipynb #3975a929

@@ -24,7 +24,11 @@ import numpy as np
 from ..conversation import BadRecord, image_of, normalise
 from ..base.image_files import Refused, oddities, open_image, scale
 from ..masking import IGNORE_INDEX
-from ..store.records import SHOWN, Folder, Gate, LlavaDataset, Problem, Records, parsed, raw_rows, with_findings, with_pictures
+from ..store.dataset import SHOWN, ValidatedDataset
+from ..store.files import parsed, raw_rows
+from ..store.images import Folder
+from ..store.records import Records, with_findings, with_pictures
+from ..store.validate import Gate, Problem
 from .storage import open_new
 from ..base.terminal import printable, shown
 from ..base.viz import token_html
@@ -252,7 +256,7 @@ def _as_it_stands(row: str): # any value of JSON
 
 # %% ../../nbs/safe/08_doctor.ipynb #ba03aec0
 def first_look(
-    dataset: LlavaDataset,
+    dataset: ValidatedDataset,
     seconds: float, # at most
     rank: int = 0,
     world_size: int = 1, # ranks that share the pictures

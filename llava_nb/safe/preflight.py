@@ -9,7 +9,7 @@ __all__ = ['row_of', 'heaviest', 'preflight']
 import numpy as np
 import torch
 
-from ..store.records import record_id
+from ..dataset import record_id
 
 # %% ../../nbs/safe/12_preflight.ipynb #8b1785c2
 def row_of(

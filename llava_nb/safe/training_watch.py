@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import TrainerCallback
 
-from ..store.records import record_id
+from ..dataset import record_id
 from .preflight import preflight
 from .watch import Watchdog
 from ..base.terminal import say
