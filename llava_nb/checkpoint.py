@@ -23,6 +23,7 @@ from transformers import (
 
 import llava_nb.base.trust as trust
 from .base.terminal import printable
+from .fast.engine import copy_partitions, is_partitioned
 from .conversation import IMAGE_TOKEN, Segment, Template, get_template
 from .llava import PROJECTOR_FILE, load_projector, projector_state
 from .masking import Encoder
@@ -280,9 +281,5 @@ def load_weights(
 def _load_weights(model: LlavaForConditionalGeneration, checkpoint: Path) -> None:
     if (checkpoint / PROJECTOR_FILE).is_file(): return load_projector(model, checkpoint)
     saved = trust.load(LlavaForConditionalGeneration, checkpoint, weights=True, dtype=model.dtype)
-    if any(hasattr(p, "ds_tensor") for p in model.parameters()):
-        parts = dict(saved.named_parameters())
-        for name, p in model.named_parameters():
-            p.ds_tensor.data.copy_(parts[name].ds_tensor.data)
-            if p.ds_status.name == "AVAILABLE": p.partition([p])        # a small one that the engine keeps whole; it is gathered anew
+    if is_partitioned(model.parameters()): copy_partitions(model, saved)
     else: model.load_state_dict(saved.state_dict(), strict=True)

@@ -6,9 +6,9 @@
 __all__ = ['PROJECTORS', 'HEAD_SETTINGS', 'WINDOWS', 'WORK', 'PREFIX', 'PROJECTOR_FILE', 'BESIDE_PROJECTOR', 'HARMLESS',
            'BESIDE_TOWER', 'llava_config', 'seeded', 'new_projector', 'add_image_token', 'fit_embeddings', 'said_rows',
            'build_llava', 'check_features', 'valid_generation_config', 'connect_rows', 'unused_layers', 'prepare',
-           'small_copy', 'check_language_model', 'tiny_llava', 'freeze', 'parts', 'read_projector', 'full_shape',
-           'gathered', 'load_projector', 'projector_state', 'load_language_model', 'load_tower', 'check_llava',
-           'load_llava', 'meta_llava', 'shape_of']
+           'small_copy', 'check_language_model', 'tiny_llava', 'freeze', 'parts', 'read_projector', 'load_projector',
+           'projector_state', 'load_language_model', 'load_tower', 'check_llava', 'load_llava', 'meta_llava',
+           'shape_of']
 
 # %% ../nbs/06_llava.ipynb #24e48131
 import contextlib
@@ -32,7 +32,8 @@ from .fast.attention import attention_heads, register_attention, sliding_window
 from .fast.cross_entropy import LossHead
 from .fast.meter import ModelShape
 from .base.terminal import printable, shown
-from .vision import Key, feature_count, hidden_states, image_size, load_vision_config, strategy_for, unpartitioned
+from .fast.engine import full_shape, gathered, unpartitioned
+from .vision import Key, feature_count, hidden_states, image_size, load_vision_config, strategy_for
 
 # %% ../nbs/06_llava.ipynb #b7c00c6b
 PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}   # our name (the reference's) -> llava-hf's activation
@@ -402,25 +403,6 @@ def read_projector(
 BESIDE_PROJECTOR = r"^(model\.)?(language_model|vision_tower|lm_head)\."      # of a whole llava-hf folder
 
 # %% ../nbs/06_llava.ipynb #a15b7f67
-def full_shape(
-    p: torch.Tensor, # a parameter, partitioned by ZeRO-3 or not
-) -> tuple[int, ...]:
-    "The shape of the whole parameter."
-    return tuple(getattr(p, "ds_shape", p.shape))
-
-@contextlib.contextmanager
-def gathered(
-    params: list[nn.Parameter], # partitioned by ZeRO-3 or not
-    write: bool = False, # spread rank 0's changes afterwards
-):
-    "Whole parameters inside the block, on every rank. All ranks must enter."
-    if not any(hasattr(p, "ds_id") for p in params):
-        yield
-        return
-    import deepspeed                                # only a partitioned run needs it
-    with deepspeed.zero.GatheredParameters(params, modifier_rank=0 if write else None):
-        yield
-
 def load_projector(
     model: LlavaForConditionalGeneration, # changed in place; partitioned or not
     path: str | Path, # see `read_projector`

@@ -9,9 +9,12 @@ __all__ = ['NotFinite', 'finite', 'guard_optimizer', 'anywhere', 'Guard']
 import signal
 import threading
 from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 import torch
 from transformers import TrainerCallback
+
+from ..fast.engine import guard_step, torch_optimizer, zero_optimizer
 
 # %% ../../nbs/safe/06_guard.ipynb #0e8a95c6
 class NotFinite(RuntimeError):
@@ -30,24 +33,15 @@ def guard_optimizer(
     device: torch.device | str = "cpu", # that the ranks exchange over
 ) -> None:
     "Have an optimizer refuse a step whose gradient is not finite on any rank, before it touches a weight."
-    while not hasattr(optimizer, "has_overflow") and hasattr(optimizer, "optimizer"): optimizer = optimizer.optimizer      # accelerate wraps the engine's
-    if hasattr(optimizer, "has_overflow"): _guard_engine(optimizer, device)
-    else: optimizer.register_step_pre_hook(_look)
+    engine = zero_optimizer(optimizer)
+    if engine is None: torch_optimizer(optimizer).register_step_pre_hook(_check_gradients)
+    else: guard_step(engine, lambda held: not anywhere(not finite([held]), device), _refuse)
 
-def _look(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+def _check_gradients(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
     gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    if not finite(gradients): raise NotFinite("a gradient is not finite")
+    if not finite(gradients): _refuse()
 
-def _guard_engine(optimizer, device: torch.device | str) -> None:
-    step = optimizer.step
-    if hasattr(optimizer, "check_grad_overflow"): optimizer.check_grad_overflow = True      # ZeRO 1 and 2, where float32 or a JSON left it out
-    def guarded(*args, **kwargs):
-        held = getattr(optimizer, "grad_partitions_flat_buffer", None)      # ZeRO-3's
-        if held is not None and anywhere(not finite([held]), device): raise NotFinite("a gradient is not finite")
-        found = step(*args, **kwargs)
-        if getattr(optimizer, "overflow", False): raise NotFinite("a gradient is not finite")      # the engine found it on some rank, and left the step out
-        return found
-    optimizer.step = guarded
+def _refuse() -> NoReturn: raise NotFinite("a gradient is not finite")
 
 # %% ../../nbs/safe/06_guard.ipynb #27ff6c10
 def anywhere(

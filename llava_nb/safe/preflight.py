@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..dataset import record_id
+from ..fast.engine import backward_without_step
 
 # %% ../../nbs/safe/12_preflight.ipynb #8b1785c2
 def row_of(
@@ -39,15 +40,6 @@ def heaviest(
     return [(i, 1.0) for i in records], step, tokens, pictures
 
 # %% ../../nbs/safe/12_preflight.ipynb #f55fc348
-def _forget_gradients(engine) -> None:
-    "Have DeepSpeed's optimizer begin its step again: what it sets back itself after one."
-    optimizer = engine.optimizer
-    while not hasattr(optimizer, "micro_step_id") and hasattr(optimizer, "optimizer"): optimizer = optimizer.optimizer
-    if hasattr(optimizer, "all_grad_tensors"):      # ZeRO 1 and 2; 3 does it in zero_grad
-        optimizer.micro_step_id, optimizer._offload_accumulated_param_ids = -1, set()
-        optimizer.averaged_gradients.clear(); optimizer.all_grad_tensors.clear()
-    optimizer.zero_grad(); engine.zero_grad()
-
 def preflight(
     trainer, # a LlavaTrainer, prepared
 ) -> tuple[int, int]: # tokens and pictures of the row
@@ -58,8 +50,9 @@ def preflight(
     model.train()
     with torch.random.fork_rng():
         loss = trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator([s | {"weight": w} for s, (_, w) in zip(samples, row)])))
-        if trainer.is_deepspeed_enabled:
-            model.set_gradient_accumulation_boundary(False); model.backward(loss); _forget_gradients(model)
-        else: trainer.accelerator.backward(loss); model.zero_grad(set_to_none=True)
+        if trainer.is_deepspeed_enabled: backward_without_step(model, loss)
+        else:
+            trainer.accelerator.backward(loss)
+            model.zero_grad(set_to_none=True)
     trainer.row_losses, trainer.watch.tried = (0, []), None
     return tokens, pictures
