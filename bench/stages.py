@@ -401,7 +401,7 @@ def make_model(shape: str, where: Path) -> None:
 # The result of 7B is 14 GB on the disk, and nobody wants it.
 UNSAVED = """import sys, llava_nb.train as train
 sys.argv[0] = 'train.py'
-train.trainer.LlavaTrainer.export = lambda self: self.state.save_to_json(self.args.output_dir + '/trainer_state.json')
+train.trainer.ReliableTrainer.export = lambda self: self.state.save_to_json(self.args.output_dir + '/trainer_state.json')
 train.program()
 """
 

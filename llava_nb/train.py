@@ -18,7 +18,6 @@ if __name__ == "__main__" and "__file__" in globals():      # run as a file: the
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name): signal.signal(getattr(signal, name), lambda number, frame: os._exit(75))      # while the libraries load, as in `program`
 
-
 # %% ../nbs/run/06_train.ipynb #0e82eaa1
 import argparse
 import collections
@@ -50,7 +49,7 @@ import llava_nb.safe.doctor as doctor
 import llava_nb.store.features as cached
 import llava_nb.safe.guard as guard
 import llava_nb.imageproc as imageproc
-import llava_nb.run.inherited as inherited
+import llava_nb.safe.inherited as inherited
 import llava_nb.safe.launch as launch
 import llava_nb.llava as llava
 import llava_nb.masking as masking
@@ -63,7 +62,7 @@ import llava_nb.store.files as record_files
 import llava_nb.sampler as sampler
 import llava_nb.safe.storage as storage
 import llava_nb.base.terminal as terminal
-import llava_nb.trainer as trainer
+import llava_nb.safe.reliable_trainer as trainer
 import llava_nb.base.trust as trust
 import llava_nb.vision as vision
 import llava_nb.safe.exits as exits
@@ -81,7 +80,7 @@ def parse(
     given, wrong = config.read_settings(argv), problems_.Problems()
     ours, notes = config.translate(given, wrong)
     settings = fitting(config.as_reference(given) | ours, wrong)
-    for said in inherited.refused(settings, dataclasses.fields(trainer.LlavaTrainingArguments), trainer.OWN): wrong.add(ValueError(said))
+    for said in inherited.refused(settings, dataclasses.fields(trainer.ReliableTrainingArguments), trainer.OWN): wrong.add(ValueError(said))
     own = {k: v for k, v in settings.items() if k in config.field_names(*config.CONFIGS)}
     run = config.Run(*_typed(config.CONFIGS, own), settings, notes)
     _take_whole_model(run)
@@ -191,16 +190,16 @@ def training_fields(
 ) -> argparse.Namespace: # typed, with defaults
     "The fields of LlavaTrainingArguments, without making one."
     own = {k: v for k, v in run.settings.items() if k not in config.field_names(*config.CONFIGS)}
-    return _Parser([trainer.LlavaTrainingArguments], allow_abbrev=False).parse_known_args(_words(own))[0]
+    return _Parser([trainer.ReliableTrainingArguments], allow_abbrev=False).parse_known_args(_words(own))[0]
 
 def fitting(
     settings: dict, # our names
     problems: problems_.Problems, # takes what does not fit
 ) -> dict: # those of a known name and a value of its type
     "Look at each setting by itself."
-    known = config.field_names(*config.CONFIGS, trainer.LlavaTrainingArguments)
+    known = config.field_names(*config.CONFIGS, trainer.ReliableTrainingArguments)
     with problems.noted(): config.check_names(settings, known)
-    parser, kept = _Parser([*config.CONFIGS, trainer.LlavaTrainingArguments], allow_abbrev=False), {}
+    parser, kept = _Parser([*config.CONFIGS, trainer.ReliableTrainingArguments], allow_abbrev=False), {}
     for name in filter(known.__contains__, settings):
         with problems.noted():
             _, extra = parser.parse_known_args(_words({name: settings[name]}))
@@ -224,7 +223,7 @@ def _words(settings: dict) -> list[str]:
 def made_arguments(
     run: config.Run,
     alone: bool, # to look at: no engine, no ranks
-) -> tuple[trainer.LlavaTrainingArguments | None, problems_.Problems]: # None: there is a problem
+) -> tuple[trainer.ReliableTrainingArguments | None, problems_.Problems]: # None: there is a problem
     "The typed training arguments, or what transformers has against them."
     wrong = problems_.Problems()
     with wrong.noted():
@@ -235,16 +234,16 @@ def made_arguments(
 def training_arguments(
     run: config.Run,
     alone: bool = False, # without engine and ranks
-) -> trainer.LlavaTrainingArguments:
+) -> trainer.ReliableTrainingArguments:
     "The typed training arguments; joins the ranks when there are several."
     settings = {k: v for k, v in run.settings.items() if k not in config.field_names(*config.CONFIGS)}
     settings.setdefault("output_dir", f"runs/stage{run.stage}")
     if str(settings.get("tf32", "")).lower() == "true" and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):
         run.notes.append("--tf32 True: this hardware has none, left out"); settings.pop("tf32")
     settings["report_to"] = _reporters(settings.get("report_to"), run.notes)
-    if not alone: return _typed([trainer.LlavaTrainingArguments], settings)[0]
+    if not alone: return _typed([trainer.ReliableTrainingArguments], settings)[0]
     engine = {k: settings.pop(k) for k in ("zero", "deepspeed") if settings.get(k) is not None}
-    args = _typed([trainer.LlavaTrainingArguments], settings | {"offload": False})[0]
+    args = _typed([trainer.ReliableTrainingArguments], settings | {"offload": False})[0]
     args.deepspeed = engine or None             # says only that there is one
     return args
 
@@ -316,7 +315,7 @@ class Pieces:
 
 def build(
     run: config.Run,
-    args: trainer.LlavaTrainingArguments,
+    args: trainer.ReliableTrainingArguments,
     c: checks.Checked, # nothing stands in the way
 ) -> Pieces:
     "What the checks have made, and the model."
@@ -328,7 +327,7 @@ def build(
 # %% ../nbs/run/06_train.ipynb #19a6f339
 def use_features(
     run: config.Run,
-    args: trainer.LlavaTrainingArguments,
+    args: trainer.ReliableTrainingArguments,
     start: str, # llava-hf folder or hub id
     datasets: list[stored.ValidatedDataset], # changed in place
 ) -> None:
@@ -341,7 +340,7 @@ def use_features(
 # %% ../nbs/run/06_train.ipynb #96282d9c
 def load_model(
     run: config.Run,
-    args: trainer.LlavaTrainingArguments,
+    args: trainer.ReliableTrainingArguments,
     start: str, # llava-hf folder or hub id
     today: date | None = None, # that the template was told
 ) -> transformers.LlavaForConditionalGeneration:
@@ -398,7 +397,7 @@ class QuietLossLine(transformers.TrainerCallback):
 
 def summary(
     result: transformers.trainer_utils.TrainOutput, # of `Trainer.train`
-    run_trainer: trainer.LlavaTrainer,
+    run_trainer: trainer.ReliableTrainer,
     seconds: float, # of training
 ) -> str:
     "The last words of a run: what was done, how fast, and where it lies."
@@ -417,7 +416,7 @@ def summary(
 def prepare(
     run: config.Run,
     held: contextlib.ExitStack, # takes the hold on the output folder
-) -> trainer.LlavaTrainer: # ready to train
+) -> trainer.ReliableTrainer: # ready to train
     "Everything up to the first step. What goes wrong here is the configuration's, the data's or the disk's fault."
     args, wrong = made_arguments(run, alone=False)
     c = checks.go(checks.Checked(run, args, held, found=wrong), (checks.check_output,))
@@ -435,11 +434,10 @@ def prepare(
         if c.resume and args.process_index == 0: terminal.say(f"going on from {c.resume}")
         pieces = build(run, args, c)
     if args.process_index == 0: _write_down(run, args, pieces)
-    t = trainer.LlavaTrainer(pieces.model, args, pieces.dataset, pieces.tokenizer, pieces.image_processor, pieces.eval_dataset, watch=dog)
+    t = trainer.ReliableTrainer(pieces.model, args, pieces.dataset, pieces.tokenizer, pieces.image_processor, pieces.eval_dataset, watch=dog, hold=c.hold)
     for callback in (PrinterCallback, ProgressCallback): t.remove_callback(callback)
     t.add_callback((QuietLossLine if args.disable_tqdm else LossLine)()); t.add_callback(loss_alarm.LossAlarm())
     machines.same(zero.from_all_ranks(machines.fingerprint(t)), "give every rank the same files and settings")
-    t.hold = c.hold
     t.check_room(c.resume)
     return t
 
@@ -456,7 +454,7 @@ def _deaf() -> None:
 # %% ../nbs/run/06_train.ipynb #68877592
 def execute(
     run: config.Run,
-    t: trainer.LlavaTrainer, # from `prepare`
+    t: trainer.ReliableTrainer, # from `prepare`
 ) -> int: # exit code
     "Train, save, say so; or stop as the guard says."
     start, lead = time.monotonic(), t.is_world_process_zero()
@@ -479,7 +477,7 @@ def execute(
     return _end(0)
 
 # %% ../nbs/run/06_train.ipynb #5f29d6d2
-def _refused(t: trainer.LlavaTrainer) -> int:
+def _refused(t: trainer.ReliableTrainer) -> int:
     rows, step, out = t.refused(), t.state.global_step + 1, Path(t.args.output_dir)
     if t.is_world_process_zero():
         with storage.open_new(out / "not_finite.json") as f: json.dump({"step": step, "learning_rate": t.optimizer.param_groups[0]["lr"], "rows": rows}, f, indent=1)
@@ -488,7 +486,7 @@ def _refused(t: trainer.LlavaTrainer) -> int:
               f"no weight was changed by this step, all rows are in {out / 'not_finite.json'}; look at them, or lower the learning rate, and go on with the same command", error=True)
     return _end(exits.NOT_FINITE)
 
-def _unsaved(t: trainer.LlavaTrainer, error: storage.StorageFailed) -> int:
+def _unsaved(t: trainer.ReliableTrainer, error: storage.StorageFailed) -> int:
     if t.is_world_process_zero():
         goes_on = f"the same command goes on from checkpoint-{t.sealed}" if t.sealed else "there is no checkpoint yet, the same command begins again"
         remedy = "" if isinstance(error, storage.FolderLost) else f"; {goes_on}, once {t.args.output_dir} takes what has to be written"
@@ -560,7 +558,7 @@ def dry_run(
     _print_schedule(run, args, c)
     return 0
 
-def _print_schedule(run: config.Run, args: trainer.LlavaTrainingArguments, c: checks.Checked) -> None:
+def _print_schedule(run: config.Run, args: trainer.ReliableTrainingArguments, c: checks.Checked) -> None:
     model, world, micro, accumulation = c.shape, zero.world_size(), args.per_device_train_batch_size, args.gradient_accumulation_steps
     n, tokens, how, has_image, pictures = size_of_data(run, c)
     batch = world * micro * accumulation
@@ -633,7 +631,7 @@ def help_text() -> str:
     "Usage and all settings of our own."
     own = set(f.name for f in dataclasses.fields(transformers.TrainingArguments))
     lines = [f"  --{f.name:32} {f.metadata['help']}" for c in config.CONFIGS for f in dataclasses.fields(c)]
-    lines += [f"  --{f.name:32} {f.metadata['help']}" for f in dataclasses.fields(trainer.LlavaTrainingArguments) if f.name not in own]
+    lines += [f"  --{f.name:32} {f.metadata['help']}" for f in dataclasses.fields(trainer.ReliableTrainingArguments) if f.name not in own]
     return USAGE.replace("CODES", "\n".join(f"  {code:>2}  {means}" for code, means in exits.EXIT_CODES.items())) + "\n".join(lines)
 
 def main(

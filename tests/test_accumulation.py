@@ -9,7 +9,7 @@ import pytest
 from runs import config, make_world, run, weights
 from transformers import Trainer
 
-from llava_nb.trainer import LlavaTrainer
+from llava_nb.safe.reliable_trainer import ReliableTrainer
 
 HALF = {"bf16": True, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "projector_lr": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 32, "save_strategy": "steps", "save_steps": 1}
@@ -55,7 +55,7 @@ def test_gradient_norms_are_the_same_for_any_cut_of_a_step(world, zero):
 
 def test_the_trainer_says_by_its_loss_function_that_nothing_is_left_to_divide():
     """`loss_is_scaled_for_ga` came with transformers 5.19; every version that is taken asks for the function."""
-    own = LlavaTrainer.__mro__[:LlavaTrainer.__mro__.index(Trainer)]
+    own = ReliableTrainer.__mro__[:ReliableTrainer.__mro__.index(Trainer)]
     assert not any("loss_is_scaled_for_ga" in vars(cls) for cls in own)
 
 

@@ -23,7 +23,7 @@ MEANT = {   # the reference's flags (ModelArguments, DataArguments, TrainingArgu
 NOTED = {"attn_implementation": "flash_attention_2", "tune_vision_tower_from_layer": "12", "tokenizer_use_fast": "False", "do_train": "True", "video_fps": "1", "lazy_preprocess": "True", "is_multimodal": "True", "freeze_backbone": "False", "cache_dir": "x", "mpt_attn_impl": "triton", "double_quant": "True",
          "quant_type": "nf4", "lora_r": "64", "lora_alpha": "16", "lora_dropout": "0.05", "lora_weight_path": "", "lora_bias": "none"}
 REFUSED = {"mm_use_im_start_end": "True", "mm_use_im_patch_token": "True", "freeze_mm_mlp_adapter": "True", "freeze_backbone": "True", "lora_enable": "True", "bits": "4"}
-KNOWN = config.field_names(*config.CONFIGS, train.trainer.LlavaTrainingArguments)
+KNOWN = config.field_names(*config.CONFIGS, train.trainer.ReliableTrainingArguments)
 
 
 @pytest.mark.parametrize("flag, value", MEANT)

@@ -6,8 +6,11 @@ import pytest
 from runs import config, farthest, make_world, run
 from safetensors.torch import load_file
 
+from transformers import TrainerState
+
 from llava_nb import train
-from llava_nb.trainer import HeldOut
+from llava_nb.safe.checkpoint_writer import CheckpointWriter, newest_sealed
+from llava_nb.safe.evaluation import HeldOut
 
 SEEN = 13       # held-out records: no multiple of any batch size below
 BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "load_best_model_at_end": True, "max_steps": 4, "learning_rate": .3, "projector_lr": .3,
@@ -83,22 +86,18 @@ def test_the_best_checkpoint_is_known_after_a_resume_elsewhere(world):
     assert done.returncode == 4 and "the best checkpoint" in done.stderr and "cannot be read" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_save_that_failed_is_not_the_best():
-    from llava_nb.safe.storage import StorageFailed
-    from llava_nb.trainer import SealedTrainer
-    from transformers import TrainerState
-    class Failing(SealedTrainer):
-        def __init__(self): self.state, self.args, self.fails = TrainerState(), type("Args", (), {"output_dir": "nowhere", "should_save": False})(), False
-        def _sealed_save(self, *args):
-            if self.fails: raise StorageFailed("full")
-    trainer = Failing()
-    trainer.state.global_step = trainer.state.best_global_step = 1; trainer.state.best_metric = 2.0
-    trainer._save_checkpoint(None, None)
-    trainer.state.global_step = 2
-    trainer._save_checkpoint(None, None)                            # not better
-    trainer.state.global_step = trainer.state.best_global_step = 3; trainer.state.best_metric, trainer.fails = 1.0, True
-    trainer._save_checkpoint(None, None)
-    assert (trainer.state.best_global_step, trainer.state.best_metric) == (1, 2.0)
+def test_a_save_that_failed_is_not_the_best(tmp_path):
+    """The third step is the best, and the disk refuses its checkpoint: the first one stays the best."""
+    def save(fails: bool = False):
+        if fails: raise OSError("full")
+    writer, state = CheckpointWriter(tmp_path, {}), TrainerState()
+    state.global_step = state.best_global_step = 1; state.best_metric = 2.0
+    writer.write(state, save)
+    state.global_step = 2
+    writer.write(state, save)                                       # not better
+    state.global_step = state.best_global_step = 3; state.best_metric = 1.0
+    writer.write(state, lambda: save(fails=True))
+    assert (state.best_global_step, state.best_metric) == (1, 2.0) and newest_sealed(tmp_path) == 2
 
 
 PARTS = ["--language_model", "lmsys/vicuna-7b-v1.5", "--vision_tower", "openai/clip-vit-large-patch14-336", "--projector", "random", "--dry_run", "--load_best_model_at_end", "True"]

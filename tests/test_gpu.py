@@ -13,7 +13,8 @@ import torch
 from runs import ROOT, TIMEOUT, config, farthest, losses, make_world, weights
 from test_model import SHAPE, loss_and_gradients, samples
 
-from llava_nb import train, trainer
+from llava_nb import train
+from llava_nb.safe import reliable_trainer
 from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.fast.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection
 from llava_nb.safe.guard import finite
@@ -181,7 +182,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_measuring(monkeypatch):
     "Runs of this process do not measure its rate: that takes a gigabyte."
-    monkeypatch.setattr(trainer, "device_rates", lambda *given: {"measured": 1e12})
+    monkeypatch.setattr(reliable_trainer, "device_rates", lambda *given: {"measured": 1e12})
 
 
 def run(world: Path, name: str, **changes) -> tuple[int, list[float]]:

@@ -1,6 +1,7 @@
 """Inherited training arguments: each acts, shown by a run of the tiny model, or is refused; none is taken and ignored."""
 import contextlib
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,16 +10,17 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from llava_nb import train, trainer
+from llava_nb import train
 from llava_nb.run import checks
 from llava_nb.run import config
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
-from llava_nb.run.inherited import ACTS, AS_IT_IS, REFUSED, refused
+from llava_nb.safe.inherited import ACTS, AS_IT_IS, REFUSED, refused
 from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.dataset import LlavaDataset
-from llava_nb.trainer import OWN, LlavaTrainer, LlavaTrainingArguments, loading
+from llava_nb.safe.reliable_trainer import OWN, ReliableTrainer as LlavaTrainer, ReliableTrainingArguments as LlavaTrainingArguments
+from llava_nb.trainer import loading
 
 FIELDS = {f.name: f for f in fields(TrainingArguments) if f.init}
 
@@ -71,7 +73,7 @@ def ran(made):
 def logged(done, key="loss") -> list: return [h["step"] for h in done.state.log_history if key in h]
 def rates(done) -> list: return [h["learning_rate"] for h in done.state.log_history if "loss" in h]
 def lost(done) -> list: return [h["loss"] for h in done.state.log_history if "loss" in h]
-def saved(done) -> list: return sorted(int(p.name.split("-")[1]) for p in trainer.Path(done.args.output_dir).glob("checkpoint-*"))
+def saved(done) -> list: return sorted(int(p.name.split("-")[1]) for p in Path(done.args.output_dir).glob("checkpoint-*"))
 def order(done) -> list: return done.plan_sampler.plan.order.tolist()
 def group(done) -> dict: return (done.create_optimizer() or done.optimizer).param_groups[0]
 def callbacks(done) -> set: return {type(c) for c in done.callback_handler.callbacks}

@@ -18,7 +18,8 @@ from llava_nb.packing import Dealer
 from llava_nb.sampler import Plan
 from llava_nb.safe.state import STATE_FILE, Parts, Training, keep_global_batch, load_random, load_state, part_file, read_index, save_state, write_index, write_part
 from llava_nb.safe.storage import NoCheckpoint
-from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, made_with
+from llava_nb.safe.provenance import made_with
+from llava_nb.trainer import LlavaTrainingArguments, PlanSampler
 from llava_nb.fast.zero import free_port
 
 # 32 records in global batches of 8: four steps an epoch, so that step 3 is in the first epoch and step 6 in the second.

@@ -18,7 +18,7 @@ from llava_nb.safe import integrity, storage
 from llava_nb.safe.integrity import MANIFEST, checkpoints, fault, seal
 from llava_nb.llava import load_llava
 from llava_nb.safe.storage import FAIL_POINTS, StorageFailed
-from llava_nb.trainer import _remedy, bytes_in, checkpoint_bytes, saves_of
+from llava_nb.safe.disk_space import _remedy, bytes_in, checkpoint_bytes, saves_of
 
 SHORT = {"max_steps": 6, "save_steps": 2, "gradient_accumulation_steps": 4, "save_total_limit": 2}      # saves at 2, 4 and 6, one rotation
 

@@ -46,6 +46,8 @@ import llava_nb.store.validate as validate
 import llava_nb.store.shards as shards
 import llava_nb.safe.state as state
 import llava_nb.safe.storage as storage
+import llava_nb.safe.disk_space as disk_space
+import llava_nb.safe.provenance as provenance
 import llava_nb.trainer as trainer
 import llava_nb.base.trust as trust
 import llava_nb.store.unpacked as unpacked
@@ -326,7 +328,7 @@ def check_resume(c: Checked) -> None:
     "The checkpoint is whole, and was made with the same settings, records and code."
     if c.resume is None or c.args is None: return
     trust.check_folder(Path(c.resume), weights=c.run.stage == 2)
-    if "data_path" in c.sets and not c.run.run.allow_changes: integrity.check_same(c.resume, trainer.made_with(c.args, c.sets["data_path"]))
+    if "data_path" in c.sets and not c.run.run.allow_changes: integrity.check_same(c.resume, provenance.made_with(c.args, c.sets["data_path"]))
 
 # %% ../../nbs/run/04_checks.ipynb #462b0825
 def precision(
@@ -367,8 +369,8 @@ def check_plan(c: Checked) -> None:
     args = copy.copy(c.args)
     args.deepspeed = None         # which a plan would tell of its accumulation
     plan = trainer.plan_sampler(args, c.sets["data_path"], meter.row_cost(llava.shape_of(c.shape))).plan
-    recipe = trainer.made_with(c.args, c.sets["data_path"])
-    if zero.rank() == 0 and c.writable: trainer.room_for(c.args, plan.steps, c.shape.to(precision(c.args)[0]), c.args.save_total_limit, recipe, c.resume)
+    recipe = provenance.made_with(c.args, c.sets["data_path"])
+    if zero.rank() == 0 and c.writable: disk_space.room_for(c.args, plan.steps, c.shape.to(precision(c.args)[0]), c.args.save_total_limit, recipe, c.resume)
 
 # %% ../../nbs/run/04_checks.ipynb #d63b8f5b
 CHECKS: tuple[Callable[[Checked], None], ...] = (check_output, check_parts, check_projector, check_text, check_processor, check_records, check_pictures, check_resume, check_kernels, check_optimizer, check_plan)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'RENAMED', 'PARTS', 'CONVERSATIONS', 'TRANSLATED', 'UNSUPPORTED', 'MEANINGLESS', 'SWITCHES', 'SEVERAL',
-           'paths_in', 'ModelConfig', 'DataConfig', 'RunConfig', 'Run', 'field_names', 'truth', 'plain', 'translate',
-           'as_given', 'as_reference', 'read_settings', 'read_json', 'check_names', 'by_stage', 'check', 'to_json']
+           'paths_in', 'ModelConfig', 'DataConfig', 'RunConfig', 'Run', 'field_names', 'truth', 'translate',
+           'as_reference', 'read_settings', 'read_json', 'check_names', 'by_stage', 'check', 'to_json']
 
 # %% ../../nbs/run/02_config.ipynb #f7aa94f1
 import difflib
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..base.problems import Problems
+from ..safe.inherited import as_given, plain
 from ..base.terminal import printable, shown
 
 # %% ../../nbs/run/02_config.ipynb #9e81159c
@@ -115,15 +116,6 @@ def truth(
     if str(value).lower() in ("true", "1", "yes"): return True
     if str(value).lower() in ("false", "0", "no", "none"): return False
     raise ValueError(f"{shown(value)} is neither true nor false")
-
-def plain(
-    value: Any, # of a setting, as people write it
-) -> str:
-    "A value for comparisons: 1, 1.0 and '1' are one, and so are no, false and False."
-    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip().lower()
-    text = {"no": "false", "yes": "true", "none": "", "null": ""}.get(text, text)
-    try: return str(float(text))
-    except ValueError: return text
 
 RENAMED = {
     "model_name_or_path": "language_model", "version": "template", "mm_projector_lr": "projector_lr",
@@ -318,13 +310,6 @@ def _only(key: str, value) -> dict:
     harmless, why = UNSUPPORTED[key]
     if plain(value) not in map(plain, harmless): raise ValueError(f"{as_given(key, value)} is not supported: {why}; leave it out")
     return {}
-
-def as_given(
-    key: str, # of a setting
-    value: Any,
-) -> str:
-    "A flag with its value, cut; never a token of the hub."
-    return f"--{key}" + ("" if "hub" in key else f" {printable(value, 60)}")
 
 def _without_meaning(nothing: dict[str, list[str]]) -> list[str]: # one note, or none
     if len(nothing) < 2: return [f"{', '.join(keys)} means nothing here: {why}" for why, keys in nothing.items()]
