@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'PNG', 'FILLS', 'BLANKS', 'WIDTH', 'CHAR', 'ROW', 'LINE', 'GAP', 'style', 'setup', 'legend_of',
-           'Html', 'table', 'Drawing', 'token_strip', 'token_html', 'aligned_rows', 'image_grid', 'bars', 'dialogue',
-           'architecture']
+           'Html', 'table', 'Drawing', 'token_strip', 'token_html', 'aligned_rows', 'image_grid', 'bars', 'micro_step',
+           'dialogue', 'architecture']
 
 # %% ../../nbs/base/02_viz.ipynb #96f73e0a
 import html
@@ -348,6 +348,27 @@ def bars(
         ax.grid(False)
         ax.spines["bottom"].set_visible(False)
     return fig
+
+# %% ../../nbs/base/02_viz.ipynb #a51658f6
+def micro_step(
+    ax: Any,                            # matplotlib axes
+    ranks: Sequence[Sequence[int]],     # lengths in tokens of the records of each rank's micro-batch
+    padded: bool = False,               # whether every record takes as much room as the longest of its micro-batch
+    images: Sequence[Sequence[bool]] | None = None,  # whether each record has an image; None: all have one
+) -> float:                             # share of the micro-step that is padding or waiting
+    "One bar a rank and one block a record, with its padding; a rank that is done waits for the slowest"
+    spans = [max(sizes, default=0) * len(sizes) if padded else sum(sizes) for sizes in ranks]
+    for rank, sizes in enumerate(ranks):
+        left, widths = 0, [max(sizes)] * len(sizes) if padded else sizes
+        for k, (size, width) in enumerate(zip(sizes, widths)):
+            kind = "image" if images is None or images[rank][k] else "context"
+            ax.barh(rank, size, left=left, linewidth=0.4, **FILLS[kind])
+            if width > size: ax.barh(rank, width - size, left=left + size, linewidth=0, **FILLS["padding"])
+            left += width
+        if left < max(spans): ax.barh(rank, max(spans) - left, left=left, **FILLS["waiting"])
+    ax.set(yticks=range(len(ranks)), ylabel="rank", ylim=(len(ranks) - 0.4, -0.6))
+    ax.grid(False, axis="y")
+    return 1 - sum(map(sum, ranks)) / (len(ranks) * max(spans))
 
 # %% ../../nbs/base/02_viz.ipynb #a53b0cf7
 LINE, GAP = 0.17, 0.34   # inches: a line of text; a bubble's own margins and the space below it
