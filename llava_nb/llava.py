@@ -230,7 +230,7 @@ def _changed(config: PreTrainedConfig, narrow: bool) -> dict: # settings of a sm
     kinds = getattr(config, "layer_types", None) or [0] * layers
     kept = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, layers))))
     found = {name: [value[k] for k in kept] for name, value in vars(config).items() if isinstance(value, list) and len(value) == layers}
-    found |= {"num_hidden_layers": len(kept), "vocab_size": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    found |= {"num_hidden_layers": len(kept), "vocab_size": 64, "dtype": torch.float32, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {name: 5 for name in WINDOWS if isinstance(value := getattr(config, name, None), int) and value > 5}
     found |= {name: 64 for name, value in vars(config).items() if name.endswith("intermediate_size") and isinstance(value, int)}
     if not narrow or not heads: return found

@@ -90,6 +90,12 @@ def test_a_setting_that_the_frame_loses_is_named(config):
         check_language_model(AutoConfig.for_model(**config))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_that_was_saved_in_half_precision_is_compared_in_float32(dtype):
+    """Rounding to eight bits looks like another model; the demonstration's own language model is such a one."""
+    check_language_model(AutoConfig.for_model("llama", dtype=dtype))
+
+
 def test_a_kernel_that_forgets_windows_makes_windowed_models_refused(monkeypatch):
     import llava_nb.fast.attention as attention
     sdpa = attention.BACKENDS["sdpa"]
