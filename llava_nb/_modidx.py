@@ -541,6 +541,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'llava_nb.llava._matrices': ('llava.html#_matrices', 'llava_nb/llava.py'),
                                 'llava_nb.llava._own': ('llava.html#_own', 'llava_nb/llava.py'),
                                 'llava_nb.llava._plain_layers': ('llava.html#_plain_layers', 'llava_nb/llava.py'),
+                                'llava_nb.llava._projector_as': ('llava.html#_projector_as', 'llava_nb/llava.py'),
                                 'llava_nb.llava._stack': ('llava.html#_stack', 'llava_nb/llava.py'),
                                 'llava_nb.llava._whole': ('llava.html#_whole', 'llava_nb/llava.py'),
                                 'llava_nb.llava.add_image_token': ('llava.html#add_image_token', 'llava_nb/llava.py'),

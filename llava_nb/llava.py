@@ -132,13 +132,21 @@ def build_llava(
     check_features(prepare(model))
     return model
 
+@contextlib.contextmanager
+def _projector_as(model: LlavaForConditionalGeneration, dtype: torch.dtype) -> Iterator[None]:
+    "A projector of the tower's type: CLIP is saved in float32, Vicuna in float16, and training casts both."
+    inner, projector = model.model, model.model.multi_modal_projector
+    inner.multi_modal_projector = copy.deepcopy(projector).to(dtype)
+    try: yield
+    finally: inner.multi_modal_projector = projector
+
 def check_features(
     model: LlavaForConditionalGeneration, # prepared
 ) -> None:
     "Send a blank picture through tower and projector, and count."
     config, tower = model.config, model.model.vision_tower
     blank = torch.zeros(1, 3, *2 * [image_size(config.vision_config)], dtype=tower.dtype, device=tower.device)
-    with torch.no_grad(): found = model.get_image_features(blank).pooler_output[0]
+    with torch.no_grad(), _projector_as(model, tower.dtype): found = model.get_image_features(blank).pooler_output[0]
     wanted = [config.image_seq_length, config.text_config.hidden_size]
     if list(found.shape) != wanted: raise ValueError(f"tower and projector make {list(found.shape)} of a picture, the language model expects {wanted}")
     if not found.isfinite().all(): raise ValueError("tower and projector make features of a picture that are not finite (NaN or infinity): the tower's weights are damaged")

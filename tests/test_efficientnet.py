@@ -98,6 +98,15 @@ def test_inside_llava(llava, pixels):
     assert not torch.allclose(out.logits[:, -1], llava(input_ids=ids, pixel_values=pixels[1:]).logits[:, -1])
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_parts_of_different_types_are_put_together(tower, dtype):
+    """CLIP is saved in float32, Vicuna in float16; the check of the features must not stop on that."""
+    tokenizer = tiny_tokenizer()
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    model = build_llava(AutoModelForCausalLM.from_config(text).to(dtype), tower, tokenizer, feature_layer=-1)
+    assert {p.dtype for p in model.model.multi_modal_projector.parameters()} == {dtype} and model.model.vision_tower.dtype == torch.float32
+
+
 @pytest.mark.parametrize("stage", (1, 2))
 def test_frozen_in_evaluation_mode(llava, pixels, stage):
     freeze(llava, stage)
