@@ -399,10 +399,12 @@ def make_model(shape: str, where: Path) -> None:
 
 
 # The result of 7B is 14 GB on the disk, and nobody wants it.
-UNSAVED = """import sys, llava_nb.train as train
+UNSAVED = """import sys
+from llava_nb.run.command_line import program
+from llava_nb.safe.reliable_trainer import ReliableTrainer
 sys.argv[0] = 'train.py'
-train.trainer.ReliableTrainer.export = lambda self: self.state.save_to_json(self.args.output_dir + '/trainer_state.json')
-train.program()
+ReliableTrainer.export = lambda self: self.state.save_to_json(self.args.output_dir + '/trainer_state.json')
+program()
 """
 
 

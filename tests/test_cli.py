@@ -1,5 +1,10 @@
 """The command: nothing is built for a wrong one, DeepSpeed files as people bring them, parts put together anew when they change."""
+import dataclasses
 import json
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +12,14 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from llava_nb import train
+from llava_nb.fast import zero
 from llava_nb.masking import tiny_tokenizer
+from llava_nb.run import assemble as assembling
+from llava_nb.run import command_line
+from llava_nb.safe.exits import EXIT_CODES
+from llava_nb.safe.reliable_trainer import OWN, ReliableTrainingArguments
+
+ROOT = Path(__file__).resolve().parent.parent
 
 BLOCKS = {"fp16": {"enabled": "auto"}, "bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
 ZERO3 = BLOCKS | {"zero_optimization": {
@@ -40,7 +52,7 @@ def test_a_deepspeed_file_of_the_reference_is_accepted(world, tmp_path, capsys):
     (tmp_path / "ds.json").write_text(json.dumps(ZERO3))
     argv = words(world, deepspeed=tmp_path / "ds.json")
     assert train.main([*argv, "--dry_run"]) == 0
-    assert train.zero.read_deepspeed_config(train.parse(argv).settings["deepspeed"], 0.5) == ZERO3 | {"gradient_clipping": 0.5}
+    assert zero.read_deepspeed_config(train.parse(argv).settings["deepspeed"], 0.5) == ZERO3 | {"gradient_clipping": 0.5}
 
 
 @pytest.mark.parametrize("key", ["optimizer", "scheduler"])
@@ -61,7 +73,7 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_nothing_is_built_for_a_wrong_command(world, tmp_path, message, capsys, monkeypatch):
-    for name in ("assemble", "load_model"): monkeypatch.setattr(train, name, lambda *a: pytest.fail("built a model"))
+    for name in ("assemble", "load_model"): monkeypatch.setattr(assembling, name, lambda *a: pytest.fail("built a model"))
     (tmp_path / "bad.json").write_text("[{")
     changes = {k: tmp_path / "bad.json" if v == "BAD" else v for k, v in WRONG[message].items()}
     assert train.main(words(world, output_dir=tmp_path / "out", **changes)) == 2
@@ -71,8 +83,8 @@ def test_nothing_is_built_for_a_wrong_command(world, tmp_path, message, capsys, 
 
 
 def test_parts_are_put_together_once_and_again_when_they_change(world, tmp_path, capsys, monkeypatch):
-    made, assemble = [], train.assemble
-    monkeypatch.setattr(train, "assemble", lambda m, folder, seed: (made.append(Path(m.language_model).name), assemble(m, folder, seed)))
+    made, assemble = [], assembling.assemble
+    monkeypatch.setattr(assembling, "assemble", lambda m, folder, seed: (made.append(Path(m.language_model).name), assemble(m, folder, seed)))
     layers = lambda: json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["num_hidden_layers"]
     for llm, expected in (("llm", 1), ("llm", 1), ("deeper", 2)):
         assert train.main(words(world, language_model=world / llm, output_dir=tmp_path / "out")) == 0 and layers() == expected
@@ -94,8 +106,61 @@ def test_what_a_run_says_and_writes(world, tmp_path, capsys):
     assert again.settings == first.settings and (again.model, again.data, again.run) == (first.model, first.data, first.run) and not again.notes
 
 
-def test_help_names_every_setting_of_ours(capsys):
+# Help and completion
+
+
+def test_help_names_every_setting_and_every_command(capsys):
+    assert train.main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for f in dataclasses.fields(ReliableTrainingArguments):
+        if f.name in OWN: assert f"--{f.name} " in out and command_line.settings_help()[f.name] == f.metadata["help"]
+    for name in train.config.field_names(*train.config.CONFIGS): assert f"--{name} " in out, name
     assert train.main(["--help"]) == 0
     out = capsys.readouterr().out
-    for name in train.config.field_names(*train.config.CONFIGS) + ["stage", "projector_lr", "sampler", "objective", "zero", "offload"]: assert f"--{name} " in out, name
+    assert all(f"  {name} " in out for name in command_line.COMMANDS) and all(f"  {code:>2}  " in out for code in EXIT_CODES)
     assert train.main([]) == 2
+
+
+@pytest.mark.parametrize("name", command_line.COMMANDS)
+def test_each_command_has_its_own_help(name, capsys):
+    assert train.main([name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: llava_nb {'[train]' if name == 'train' else name}")
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in command_line.COMMANDS), ["completion", "bash"], ["convert"], ["launch", "--restarts", "x"]])
+def test_nothing_heavy_is_imported_for_a_help_text_or_a_wrong_word(words):
+    """The imports of the program itself, in a fresh process."""
+    heavy = "{'torch', 'transformers', 'numpy', 'deepspeed', 'PIL'}"
+    script = f"import sys; from llava_nb.run.command_line import main; main({words!r}); print('loaded:', {heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("loaded: set()\n"), done.stdout[-500:] + done.stderr[-500:]
+
+
+@pytest.mark.parametrize("start", [["-m", "llava_nb.train"], ["llava_nb/train.py"], ["-c", "from llava_nb.run.command_line import program; program()"]])
+def test_help_answers_at_once(start):
+    """The best of five, less what Python itself takes: under half a second."""
+    def took(argv):
+        begun = time.perf_counter()
+        assert subprocess.run([sys.executable, *argv], capture_output=True, cwd=ROOT).returncode == 0
+        return time.perf_counter() - begun
+    assert min(took([*start, "--help"]) for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_and_settings(shell, capsys):
+    assert train.main(["completion", shell]) == 0
+    out = capsys.readouterr().out
+    for word in (*command_line.COMMANDS, "projector_lr", "hang_timeout", "image_folder", "restarts", "max_new_tokens"): assert word in out, word
+
+
+def test_bash_completes_a_setting():
+    """The script, run by bash itself, as a user's shell does."""
+    if shutil.which("bash") is None: pytest.skip("no bash here")
+    script = """
+source <({python} -c "from llava_nb.run.command_line import main; main(['completion', 'bash'])")
+COMP_WORDS=(llava_nb doctor --proj); COMP_CWORD=2; COMP_LINE="llava_nb doctor --proj"; COMP_POINT=${{#COMP_LINE}}
+$(complete -p llava_nb | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+echo "${{COMPREPLY[@]}}"
+""".format(python=sys.executable)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert set(done.stdout.split()) == {"--projector", "--projector_type", "--projector_lr"}, done.stdout + done.stderr

@@ -6,7 +6,9 @@ import pytest
 
 from llava_nb import train
 from llava_nb.run import config
-from llava_nb.run.config import UNSUPPORTED, DataConfig, read_settings, translate
+from llava_nb.run.config import DataConfig, read_settings
+from llava_nb.run.translate import UNSUPPORTED, translate
+from llava_nb.safe.reliable_trainer import ReliableTrainingArguments
 
 MEANT = {   # the reference's flags (ModelArguments, DataArguments, TrainingArguments) and removed transformers names -> ours
     ("model_name_or_path", "lmsys/vicuna-7b-v1.5"): {"language_model": "lmsys/vicuna-7b-v1.5"}, ("version", "v1"): {"template": "v1"}, ("version", "plain"): {"template": "plain"},
@@ -23,7 +25,7 @@ MEANT = {   # the reference's flags (ModelArguments, DataArguments, TrainingArgu
 NOTED = {"attn_implementation": "flash_attention_2", "tune_vision_tower_from_layer": "12", "tokenizer_use_fast": "False", "do_train": "True", "video_fps": "1", "lazy_preprocess": "True", "is_multimodal": "True", "freeze_backbone": "False", "cache_dir": "x", "mpt_attn_impl": "triton", "double_quant": "True",
          "quant_type": "nf4", "lora_r": "64", "lora_alpha": "16", "lora_dropout": "0.05", "lora_weight_path": "", "lora_bias": "none"}
 REFUSED = {"mm_use_im_start_end": "True", "mm_use_im_patch_token": "True", "freeze_mm_mlp_adapter": "True", "freeze_backbone": "True", "lora_enable": "True", "bits": "4"}
-KNOWN = config.field_names(*config.CONFIGS, train.trainer.ReliableTrainingArguments)
+KNOWN = config.field_names(*config.CONFIGS, ReliableTrainingArguments)
 
 
 @pytest.mark.parametrize("flag, value", MEANT)

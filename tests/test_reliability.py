@@ -219,7 +219,7 @@ def test_a_signal_at_any_instant_ends_a_run_with_75_and_nothing_is_lost(world, w
 
 def test_a_signal_after_the_result_is_on_the_disk_leaves_the_run_finished(world, whole):
     file, settings = config(world, "late", gradient_accumulation_steps=4)
-    late = "import os, signal, sys, llava_nb.train as train; sys.argv[0] = 'train.py'; said = train.summary; train.summary = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), said(*a))[1]; train.program()"
+    late = "import os, signal, sys, llava_nb.run.messages as messages; from llava_nb.run.command_line import program; sys.argv[0] = 'train.py'; said = messages.summary; messages.summary = lambda *a: (os.kill(os.getpid(), signal.SIGTERM), said(*a))[1]; program()"
     how = command(file, 0); how["args"] = [how["args"][0], "-c", late, str(file)]; how["env"] |= {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])}
     done = subprocess.run(**how, capture_output=True, timeout=TIMEOUT)
     assert done.returncode == 0 and "done: 20 steps" in done.stdout, done.stdout + done.stderr

@@ -5,8 +5,12 @@ import pytest
 from PIL import Image
 
 from llava_nb import train
+from llava_nb.base import trust
+from llava_nb.conversation import get_template
 from llava_nb.dataset import encode
-from llava_nb.masking import tiny_tokenizer
+from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.run import settings
+from llava_nb.safe import disk_space
 
 PARTS = {"language_model": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "projector": "random"}
 REFERENCE = {"model_name_or_path": "lmsys/vicuna-7b-v1.5", "vision_tower": "openai/clip-vit-large-patch14-336", "pretrain_mm_mlp_adapter": "out/mm_projector.bin", "version": "v1"}
@@ -67,19 +71,19 @@ def test_a_dry_run_counts_steps_and_tokens_as_the_run_will(tmp_path, capsys, mon
     tokenizer = tiny_tokenizer()
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     argv = [written(tmp_path, PARTS | {"data_path": str(tmp_path / "r.json"), "image_folder": str(tmp_path), "per_device_train_batch_size": 8, "num_train_epochs": 1}), "--dry_run"]
-    load = train.trust.load
-    monkeypatch.setattr(train.trust, "load", lambda kind, *a, **k: tokenizer if kind.__name__ == "AutoTokenizer" else load(kind, *a, **k))
-    monkeypatch.setattr(train.trainer, "check_room", lambda *a: None)      # the disk of this machine is not the point
+    load = trust.load
+    monkeypatch.setattr(trust, "load", lambda kind, *a, **k: tokenizer if kind.__name__ == "AutoTokenizer" else load(kind, *a, **k))
+    monkeypatch.setattr(disk_space, "check_room", lambda *a: None)      # the disk of this machine is not the point
     assert train.main(argv) == 0
     out = capsys.readouterr().out
-    encoder, template = train.masking.Encoder(tokenizer, len(tokenizer), 576, 2048), train.conversation.get_template("v1")
+    encoder, template = Encoder(tokenizer, len(tokenizer), 576, 2048), get_template("v1")
     mean = sum(len(encode(r, template, encoder).input_ids) for r in (PICTURE, TEXT)) / 2
     assert "4 of 8 records" in out and f"20 records, {mean:,.0f} tokens each (all of them checked and counted)" in out
 
 
 def test_a_reporter_that_is_not_installed_is_a_note():
     notes = []
-    assert train._reporters("nowhere", notes) == "none" and len(notes) == 1 and train._reporters(None, notes) == "none" and train._reporters("tensorboard", notes) == "tensorboard"
+    assert settings._reporters("nowhere", notes) == "none" and len(notes) == 1 and settings._reporters(None, notes) == "none" and settings._reporters("tensorboard", notes) == "tensorboard"
 
 
 FILES = {   # a DeepSpeed JSON, and what is said of it; None: it is taken

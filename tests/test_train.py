@@ -11,7 +11,8 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
 from llava_nb import train
-from llava_nb.run.config import MEANINGLESS, RENAMED, TRANSLATED, UNSUPPORTED, translate
+from llava_nb.run.translate import MEANINGLESS, RENAMED, TRANSLATED, UNSUPPORTED, translate
+from llava_nb.safe.reliable_trainer import ReliableTrainingArguments
 from llava_nb.masking import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,7 +118,7 @@ def test_bad_values_files_and_templates_are_one_line_and_exit_2(world, tmp_path,
 def test_every_flag_of_the_reference_has_a_meaning():
     given = {w.removeprefix("--") for w in (PRETRAIN + FINETUNE).split() if w.startswith("--")}
     ours, _ = translate({k: "1" for k in RENAMED})
-    known = train.config.field_names(*train.config.CONFIGS, train.trainer.ReliableTrainingArguments)
+    known = train.config.field_names(*train.config.CONFIGS, ReliableTrainingArguments)
     assert set(ours) <= set(known) and given <= set(RENAMED) | set(TRANSLATED) | set(UNSUPPORTED) | set(MEANINGLESS) | set(known)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertModel, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava_nb import train
-from llava_nb.run import chat_command
+from llava_nb.run import assemble, chat_command
 from llava_nb.safe import storage
 from llava_nb.masking import tiny_tokenizer
 
@@ -34,7 +34,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_is_built(monkeypatch):
-    for name in ("assemble", "load_model"): monkeypatch.setattr(train, name, lambda *a: pytest.fail("built a model"))
+    for name in ("assemble", "load_model"): monkeypatch.setattr(assemble, name, lambda *a: pytest.fail("built a model"))
 
 
 def written(folder: Path, files: dict) -> Path:

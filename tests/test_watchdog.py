@@ -161,7 +161,7 @@ def test_a_launcher_that_was_gone_before_a_rank_looked_is_missed(monkeypatch):
 def test_a_wish_that_no_launcher_can_meet_is_refused_in_one_line(argv, capsys):
     assert train.main(["launch", *argv.split()]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("llava_nb: launch ") and said.count("\n") == 1
+    assert said.startswith("llava_nb launch: ") and said.count("\n") == 1
 
 
 def test_a_flag_that_nobody_knows_is_refused_by_the_launcher_too(world, capfd):
@@ -216,7 +216,7 @@ def stalling(tmp_path_factory) -> Path:
     program.write_text(f"""import os, sys, time
 sys.path[0] = {str(ROOT)!r}
 from llava_nb.store.images import Folder
-from llava_nb.train import program
+from llava_nb.run.command_line import program
 opened = Folder.open
 def stalls(folder, name):
     mark = folder.root / "STALLED"

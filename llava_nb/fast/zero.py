@@ -4,19 +4,15 @@
 
 # %% auto #0
 __all__ = ['TAKEN', 'bytes_per_rank', 'deepspeed_config', 'fetch_whole_layers', 'accumulate_in_float32', 'read_deepspeed_config',
-           'check_deepspeed_config', 'init_distributed', 'free_port', 'rank', 'world_size', 'wait', 'from_all_ranks',
-           'leave']
+           'check_deepspeed_config', 'init_distributed', 'free_port', 'rank', 'world_size', 'wait', 'from_all_ranks']
 
 # %% ../../nbs/fast/04_zero.ipynb #a97020ca
-import atexit
 import difflib
 import json
 import os
 import socket
-import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -183,12 +179,3 @@ def from_all_ranks(
     found = [None] * world_size()
     torch.distributed.all_gather_object(found, mine)
     return found
-
-# %% ../../nbs/fast/04_zero.ipynb #c767fdbf
-def leave(
-    code: int, # exit code
-) -> NoReturn:
-    "End this process as a program does, without taking the interpreter apart: exit functions run, output is flushed."
-    atexit._run_exitfuncs()
-    sys.stdout.flush(); sys.stderr.flush()
-    os._exit(code)

@@ -64,7 +64,7 @@ class Checked:
     held: contextlib.ExitStack | None = None                     # takes the hold on the output folder; None: look only, change nothing
     findings: doctor.Findings | None = None                      # filled in, if given: the doctor's
     found: Problems = field(default_factory=Problems)
-    unknown: list[str] = field(default_factory=list)             # what a dry run could not check, and why
+    unknown: dict[str, str] = field(default_factory=dict)        # by subject: what could not be checked, and why
     shape: transformers.LlavaForConditionalGeneration | None = None      # the model without weights
     gate: validate.Gate | None = None
     processor: object = None                                     # of images
@@ -197,7 +197,7 @@ def _read_part(c: Checked, name: str, what: str, read: Callable): # what `read` 
     try: return read(local)
     except (OSError, ValueError):
         if not local: raise
-        c.unknown.append(f"{what}: {name} is not on this machine")
+        c.unknown[what] = f"{what}: {name} is not on this machine"
 
 def check_text(c: Checked) -> None:
     "Tokenizer, template and length fit."
@@ -261,11 +261,11 @@ def _data_set(c: Checked, paths: list[str]) -> stored.ValidatedDataset:
 
 def _lost(c: Checked, setting: str) -> bool:
     "Whether a dry run does without what this setting names."
-    return any(said.strip("`").startswith(setting) for said in c.run.absent)
+    return setting in c.run.absent
 
 def _unread(c: Checked) -> bool:
     "Whether the image processor could not be read, which is a finding already."
-    return c.processor is None and not any(said.startswith("image processor") for said in c.unknown)
+    return c.processor is None and "image processor" not in c.unknown
 
 def check_records(c: Checked) -> None:
     "Every record can be learned from, or may be left out."
@@ -303,7 +303,7 @@ def check_output(c: Checked) -> None:
     if c.held is None:
         storage.check_folder(out)
         c.resume, damaged = integrity.find_checkpoint(c.run.run.resume, out)
-        c.unknown += [f"{p.name}: {why}; a run would set it aside" for p, why in damaged.items()]
+        c.unknown |= {p.name: f"{p.name}: {why}; a run would set it aside" for p, why in damaged.items()}
     else:
         c.hold = hold(out, c.held)
         c.resume = integrity.resolve_resume(c.run.run.resume, out)

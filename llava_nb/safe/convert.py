@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOURS', 'SPARE', 'BASE', 'SPEED', 'MARK', 'LAYERS', 'to_safetensors', 'read_pickle', 'our_projector', 'convert_file',
-           'convert_folder', 'main']
+           'convert_folder', 'convert']
 
 # %% ../../nbs/safe/02_convert.ipynb #af0993d5
 import contextlib
@@ -18,7 +18,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llava_nb.base.trust as trust
-from ..base.terminal import Parser, one_line, printable, say, shown
+from ..base.terminal import one_line, printable, say, shown
 
 # %% ../../nbs/safe/02_convert.ipynb #07446650
 HOURS, SPARE = 1, 2 << 30      # of waiting; bytes of memory beside the tensors
@@ -183,20 +182,13 @@ def convert_folder(
     return target
 
 # %% ../../nbs/safe/02_convert.ipynb #35124a5a
-def main(
-    argv: Sequence[str] | None = None, # the command line; None: the program's own
-) -> int: # exit code: 0 done, 2 refused
-    "`llava_nb convert SRC DST`."
-    p = Parser(prog="llava_nb convert", description="Weights in a pickle to safetensors.")
-    p.add_argument("source", help="mm_projector.bin, another file of torch.save, a model folder, or a hub id")
-    p.add_argument("target", help="folder to write to, or FILE.safetensors for a single file")
-    args = p.parse_args(argv)
-    try:
-        trust.check_versions()
-        source, target = Path(args.source).expanduser(), Path(args.target).expanduser()
-        if not source.exists() and trust.HUB.fullmatch(args.source): source = trust.fetched(args.source, [*trust.FILES, "*.bin"])
-        say(f"written: {(convert_folder if source.is_dir() else convert_file)(source, target)}")
-    except (ValueError, OSError) as e:
-        say(f"llava_nb convert: {one_line(e)}", error=True)
-        return 2
+def convert(
+    source: str, # mm_projector.bin, another file of torch.save, a model folder, or a hub id
+    target: str, # folder to write to, or FILE.safetensors for a single file
+) -> int: # exit code
+    "`llava_nb convert SOURCE TARGET`; raises what cannot be converted."
+    trust.check_versions()
+    found, goal = Path(source).expanduser(), Path(target).expanduser()
+    if not found.exists() and trust.HUB.fullmatch(source): found = trust.fetched(source, [*trust.FILES, "*.bin"])
+    say(f"written: {(convert_folder if found.is_dir() else convert_file)(found, goal)}")
     return 0

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['REFUSED', 'TOO_MANY_BAD', 'NO_CHECKPOINT', 'NOT_FINITE', 'NO_DATA', 'NO_STORAGE', 'LOST_RANK', 'OUT_OF_MEMORY',
            'STOPPED', 'EXIT_CODES', 'CODES_FOLDER', 'record_exit_code', 'ignore_dead_workers', 'kill_children',
-           'exit_now']
+           'exit_now', 'exit_process']
 
 # %% ../../nbs/safe/01_exits.ipynb #48b578d8
+import atexit
 import contextlib
 import os
 import signal
@@ -65,6 +66,16 @@ def exit_now(
     "End this process at once, from any thread."
     record_exit_code(code, rank)
     kill_children()
+    _leave(code)
+
+def exit_process(
+    code: int, # exit code
+) -> NoReturn:
+    "End this process as a program does: exit functions run, output is flushed, the interpreter is not taken apart."
+    atexit._run_exitfuncs()
+    _leave(code)
+
+def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -15,10 +15,12 @@ import torch
 from transformers import TrainerCallback
 
 from ..fast.engine import guard_step, torch_optimizer, zero_optimizer
+from .exits import NOT_FINITE
 
 # %% ../../nbs/safe/06_guard.ipynb #0e8a95c6
 class NotFinite(RuntimeError):
     "A gradient is NaN or infinite on some rank; no weight was changed by this step."
+    exit_code = NOT_FINITE
 
 def finite(
     tensors: Iterable[torch.Tensor], # of one device
