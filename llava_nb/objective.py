@@ -18,7 +18,7 @@ OBJECTIVES = ("reference", "token", "sample", "sqrt")
 
 def token_weights(
     objective: str, # one of `OBJECTIVES`
-    micro_batches: Sequence[Sequence[int]], # target tokens of each record of one optimizer step, by reference micro-batch
+    micro_batches: Sequence[Sequence[int]], # target tokens of each record of a step, by reference micro-batch
 ) -> list[list[float]]: # loss weight of each target token of each record, in the same nesting
     "Per-token loss weights of one optimizer step. They sum to 1 over its target tokens."
     if objective not in OBJECTIVES:
@@ -39,11 +39,13 @@ def padded_loss(
     image_token_id: int, # id of `<image>`
 ) -> torch.Tensor: # scalar
     "The weighted loss of a padded batch."
-    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "picture_of", "features") if k in batch}
+    names = ("input_ids", "attention_mask", "pixel_values", "picture_of", "features")
+    inputs = {k: batch[k] for k in names if k in batch}
     logits = model(**inputs, use_cache=False).logits[:, :-1]      # position t predicts token t + 1
     labels, weights = batch["labels"][:, 1:], batch["loss_weights"][:, 1:]
     target = weights != 0
-    return weighted_cross_entropy(text_logits(logits[target], text_vocab_size, image_token_id), labels[target], weights[target])
+    logits = text_logits(logits[target], text_vocab_size, image_token_id)
+    return weighted_cross_entropy(logits, labels[target], weights[target])
 
 # %% ../nbs/10_objective.ipynb #8b34fdcd
 FORWARD_KEYS = ("input_ids", "position_ids", "pixel_values", "picture_of", "tower", "features", "logits_to_keep")

@@ -20,9 +20,9 @@ def decayed_names(
     model: nn.Module, # partitioned or not
 ) -> set[str]: # parameter names
     "Names of the parameters that weight decay applies to: all but biases and those of norm layers."
-    in_norm = {f"{prefix}.{n}".lstrip(".") for prefix, module in model.named_modules() if "norm" in type(module).__name__.lower()
-               for n, _ in module.named_parameters(recurse=False)}
-    return {n for n, _ in model.named_parameters() if n not in in_norm and "bias" not in n}
+    norms = [(prefix, m) for prefix, m in model.named_modules() if "norm" in type(m).__name__.lower()]
+    in_norm = {f"{prefix}.{name}".lstrip(".") for prefix, m in norms for name, _ in m.named_parameters(recurse=False)}
+    return {name for name, _ in model.named_parameters() if name not in in_norm and "bias" not in name}
 
 # %% ../nbs/11_optim.ipynb #01036438
 def parameter_groups(
@@ -31,15 +31,17 @@ def parameter_groups(
     weight_decay: float = 0.0, # of matrices and embeddings
     projector_lr: float | None = None, # None: the projector follows `lr`, in two groups instead of four
 ) -> list[dict]: # torch.optim groups: `name`, `params`, `lr`, `weight_decay`
-    "Split what trains into LLM and projector, with and without weight decay (reference: llava_trainer.py, create_optimizer)."
+    "LLM and projector, with and without weight decay (LLaVA: llava_trainer.py, create_optimizer)."
     decayed, groups = decayed_names(model), {}
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        own = projector_lr is not None and "multi_modal_projector" in name
-        label = ("projector" if own else "language model" if projector_lr is not None else "all") + ("" if name in decayed else ", no decay")
-        group = groups.setdefault(label, {"name": label, "params": [], "lr": projector_lr if own else lr, "weight_decay": weight_decay if name in decayed else 0.0})
-        group["params"].append(p)
-    return sorted(groups.values(), key=lambda g: g["name"])      # the language model first: transformers logs the rate of group 0
+        if not p.requires_grad:
+            continue
+        own, decays = projector_lr is not None and "multi_modal_projector" in name, name in decayed
+        part = "all" if projector_lr is None else "projector" if own else "language model"
+        label = part if decays else f"{part}, no decay"
+        settings = {"lr": projector_lr if own else lr, "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault(label, {"name": label, "params": []} | settings)["params"].append(p)
+    return sorted(groups.values(), key=lambda g: g["name"])      # transformers logs the rate of the first group
 
 # %% ../nbs/11_optim.ipynb #a7d31f5e
 OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "rmsprop")      # their state has the shape of the weights
@@ -54,11 +56,13 @@ def factors(
     "A learning-rate schedule; raises on one that cannot be known before the run, or on wrong settings."
     name = str(getattr(name, "value", name))
     if name in ("reduce_lr_on_plateau", "greedy"):
-        raise ValueError(f"lr_scheduler_type {name} changes the rate by what evaluations find, which no resume could repeat; use cosine, linear or constant")
+        raise ValueError(f"lr_scheduler_type {name} changes the rate by the results of evaluations, "
+                         "which a resume cannot repeat; use cosine, linear or constant")
     try:
         given = json.loads(settings) if isinstance(settings, str) else settings
         schedule = get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=lr), warmup, steps, given)
         for step in (0, warmup, steps): schedule.lr_lambdas[0](step)
     except (TypeError, ValueError, ArithmeticError) as e:
-        raise ValueError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {shown(settings)}: {printable(e, 200)}") from None
+        problem = printable(e, 200)
+        raise ValueError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {shown(settings)}: {problem}") from None
     return schedule.lr_lambdas[0]

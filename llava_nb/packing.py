@@ -39,14 +39,14 @@ def _images(samples: Sequence[dict], image_shape: tuple[int, ...]) -> dict[str, 
     place = {key: k for k, key in enumerate(distinct)}
     stacked = torch.stack([*distinct.values()]) if distinct else torch.zeros(1, *image_shape)
     found = {"pixel_values": stacked, "picture_of": torch.tensor([place[id(p)] for p in given], dtype=torch.long)}
-    return found | ({"features": True} if len(image_shape) == 2 else {})      # a tower's, [F, h], from store/10_features
+    return found | ({"features": True} if len(image_shape) == 2 else {})      # [F, h], see store/10_features
 
 # %% ../nbs/09_packing.ipynb #a57f5456
 def collate_padded(
     samples: Sequence[dict], # each `input_ids` [L], `labels` [L], `pixel_values` [3, H, W] or None, maybe `weight`
     image_shape: tuple[int, ...] = (3, 336, 336), # of the blank image, or features (F, h), of a batch without one
     pad_id: int = 0, # id at padded positions; the mask hides it
-) -> dict: # `input_ids`, `attention_mask`, `labels`, `loss_weights` [B, T], `pixel_values` [P, 3, H, W], `picture_of` [N]
+) -> dict: # `input_ids`, `attention_mask`, `labels`, `loss_weights` [B, T]; `pixel_values`, `picture_of` [N]
     "A padded batch, as the reference lays it out."
     lengths = torch.tensor([len(s["input_ids"]) for s in samples])
     labels = pad_sequence([s["labels"] for s in samples], batch_first=True, padding_value=IGNORE_INDEX)
@@ -64,7 +64,7 @@ def collate_padded(
 def collate_packed(
     samples: Sequence[dict], # as for `collate_padded`
     image_shape: tuple[int, ...] = (3, 336, 336), # of the blank image, or features (F, h), of a row without one
-) -> dict: # `input_ids`, `position_ids` [1, T]; images as in `collate_padded`; `logits_to_keep`, `targets`, `loss_weights` [S]
+) -> dict: # `input_ids`, `position_ids` [1, T]; `logits_to_keep`, `targets`, `loss_weights` [S]; images as padded
     "One packed sequence, with what the loss needs and nothing else."
     lengths = [len(s["input_ids"]) for s in samples]
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()

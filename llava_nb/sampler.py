@@ -20,7 +20,8 @@ import torch
 from .base.terminal import shown
 
 # %% ../nbs/08_sampler.ipynb #5493a65f
-def mix665k_sample() -> dict[str, np.ndarray]: # 8,192 each: `tokens`, `words`, `supervised` int64, `image` bool, `source` int8; `sources` names
+def mix665k_sample(
+) -> dict[str, np.ndarray]: # 8,192 each: `tokens`, `words`, `supervised` int64, `image` bool, `source`; `sources` names
     "Modelled record lengths of llava_v1_5_mix665k, as `bench/plan.py --sample` draws them."
     with np.load(files("llava_nb") / "data" / "mix665k_sample.npz") as z:
         return {k: z[k].astype(np.int64) if z[k].dtype == np.int16 else z[k] for k in z.files if k != "note"}
@@ -96,8 +97,8 @@ def _check_lengths(lengths: Sequence[int], name: str, low: int | None = None) ->
     if not bad.size:
         return lengths
     raise ValueError(
-        f"{name}[{bad[0]}] is {lengths[bad[0]]} ({bad.size} of {len(lengths)} records like it): an empty record cannot be "
-        "batched; remove it from the data, or read the data with bad_records='skip'")
+        f"{name}[{bad[0]}] is {lengths[bad[0]]} ({bad.size} of {len(lengths)} records like it): "
+        "an empty record cannot be batched; remove it from the data, or read the data with bad_records='skip'")
 
 def _one_modality(words: np.ndarray) -> bool: return bool((words > 0).all() or (words < 0).all())
 
@@ -176,7 +177,8 @@ def _check_plan(plan: "Plan") -> None:
     for name in ("has_image", "word_lengths"):
         values = getattr(plan, name)
         if values is not None and len(values) != len(plan.lengths):
-            raise ValueError(f"{name} has {len(values)} values, lengths has {len(plan.lengths)}: one of each a record is needed")
+            raise ValueError(f"{name} has {len(values)} values, lengths has {len(plan.lengths)}: "
+                             "one of each a record is needed")
 
 # %% ../nbs/08_sampler.ipynb #e6356d1a
 @dataclass(frozen=True, eq=False)

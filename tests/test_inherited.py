@@ -227,7 +227,7 @@ IMPOSSIBLE = {
     "learning_rate -1": ["--learning_rate", "-1"], "learning_rate nan": ["--learning_rate", "nan"], "weight_decay -0.1": ["--weight_decay", "-0.1"], "adam_beta1 1.5": ["--adam_beta1", "1.5"],
     "bf16 and fp16": ["--bf16", "True", "--fp16", "True"], "dataloader_num_workers -1": ["--dataloader_num_workers", "-1"], "needs `dataloader_num_workers`": ["--dataloader_prefetch_factor", "4"],
     "save_steps 1.5": ["--save_steps", "1.5"], "logging_steps 0": ["--logging_steps", "0"], "save_total_limit 0": ["--save_total_limit", "0"], "num_train_epochs 0": ["--num_train_epochs", "0"],
-    "changes the rate by what evaluations find": ["--lr_scheduler_type", "reduce_lr_on_plateau"], "optim 'lomo'": ["--optim", "lomo"], "save_strategy 'best'": ["--save_strategy", "best"],
+    "changes the rate by the results of evaluations": ["--lr_scheduler_type", "reduce_lr_on_plateau"], "optim 'lomo'": ["--optim", "lomo"], "save_strategy 'best'": ["--save_strategy", "best"],
     "lr_scheduler_kwargs": ["--lr_scheduler_kwargs", '{"cycles": 2}'], "needs `eval_data_path`": ["--eval_on_start", "True"], "per_device_eval_batch_size 0": ["--per_device_eval_batch_size", "0"],
     "is a file; name a folder": ["--output_dir", __file__],
 }

@@ -2,6 +2,7 @@
 
 Dataset, collator, model, objective and parameter groups are the kit's; only the weights come from the goldens' formula.
 """
+
 import json
 import zlib
 
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 from goldens import folder, golden_image
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+)
 
 from llava_nb.checkpoint import published_state
 from llava_nb.conversation import get_template
@@ -29,8 +37,10 @@ BATCHES = [k for k, v in GOLDENS.items() if "records" in v]
 
 def golden_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if "norm" in name and name.endswith("weight"): return torch.from_numpy(1 + 0.1 * x)
-    if "norm" in name and name.endswith("bias"): return torch.from_numpy(0.1 * x)
+    if "norm" in name and name.endswith("weight"):
+        return torch.from_numpy(1 + 0.1 * x)
+    if "norm" in name and name.endswith("bias"):
+        return torch.from_numpy(0.1 * x)
     return torch.from_numpy(0.08 * x)
 
 
@@ -41,8 +51,18 @@ def golden_tokenizer():
 def golden_model(tokenizer, stage: int = 2):
     """The goldens' model: every weight of the reference's vocabulary is a function of its published name."""
     vocab = len(tokenizer)
-    text = LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, rms_norm_eps=1e-5, rope_theta=10_000.0)
-    vision = CLIPVisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
+    text = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        rms_norm_eps=1e-5,
+        rope_theta=10_000.0,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+    )
     model = build_llava(AutoModelForCausalLM.from_config(text), AutoModel.from_config(vision), tokenizer)
     with torch.no_grad():
         for name, p in published_state(model, dict(model.named_parameters())).items():
@@ -57,7 +77,8 @@ def image_folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("images")
     for batch in BATCHES:
         for r in GOLDENS[batch]["records"]:
-            if "image" in r: golden_image(*r["image"]).save(where / name_of(r["image"]))
+            if "image" in r:
+                golden_image(*r["image"]).save(where / name_of(r["image"]))
     return where
 
 
@@ -72,7 +93,9 @@ def dataset_of(names, model, tokenizer, image_folder) -> LlavaDataset:
     records = [{"id": k, **r, **({"image": name_of(r["image"])} if "image" in r else {})} for k, r in enumerate(raw)]
     encoder = Encoder(tokenizer, model.config.image_token_id, model.config.image_seq_length, 2048)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-    return LlavaDataset(records, get_template(golden["template"]), encoder, ImageTransform(processor, golden["aspect"]), image_folder)
+    return LlavaDataset(
+        records, get_template(golden["template"]), encoder, ImageTransform(processor, golden["aspect"]), image_folder
+    )
 
 
 def packed_row(name, model, tokenizer, image_folder):
@@ -91,7 +114,10 @@ def test_loss_and_every_gradient_equal_the_reference(name, image_folder):
     model, golden = golden_model(tokenizer), GOLDENS[name]
     row = packed_row(name, model, tokenizer, image_folder)
     assert len(row["targets"]) == golden["n_supervised"]
-    if len(row["picture_of"]): assert float(row["pixel_values"][row["picture_of"]].double().sum()) == pytest.approx(golden["pixel_sum"], rel=1e-6)
+    if len(row["picture_of"]):
+        assert float(row["pixel_values"][row["picture_of"]].double().sum()) == pytest.approx(
+            golden["pixel_sum"], rel=1e-6
+        )
     loss = loss_of(model, row)
     assert float(loss.detach()) == pytest.approx(golden["loss"], abs=1e-5)
     loss.backward()
@@ -112,32 +138,49 @@ def test_twelve_steps_of_training_equal_the_reference(image_folder):
     for step in range(len(golden["losses"])):
         loss = loss_of(model, rows[step % len(rows)])
         losses.append(float(loss.detach()))
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     assert len(groups) == 4
     assert losses == pytest.approx(golden["losses"], abs=1e-4)
 
 
-@pytest.mark.parametrize("collate,loss_of_batch", [(collate_packed, row_loss), (collate_padded, padded_loss)], ids=["packed", "padded"])
+@pytest.mark.parametrize(
+    "collate,loss_of_batch", [(collate_packed, row_loss), (collate_padded, padded_loss)], ids=["packed", "padded"]
+)
 def test_every_deal_of_a_global_batch_gives_the_same_loss_and_gradients(collate, loss_of_batch, image_folder):
-    """One optimizer step of the golden model, cut for ranks x micro-steps: the reference's micro-batches set the weights, whoever computes."""
+    """One optimizer step of the golden model, cut for ranks x rows: the reference's micro-batches set the weights."""
     tokenizer = golden_tokenizer()
     model = golden_model(tokenizer)
-    same = max(([n for n in BATCHES if GOLDENS[n]["template"] == t] for t in {GOLDENS[n]["template"] for n in BATCHES}), key=len)
+    same = max(
+        ([n for n in BATCHES if GOLDENS[n]["template"] == t] for t in {GOLDENS[n]["template"] for n in BATCHES}),
+        key=len,
+    )
     data = dataset_of(same, model, tokenizer, image_folder)
     assert len(data) > 1
 
     def step(collate, loss_of_batch, world, micro_steps):
         model.zero_grad()
-        plan, total = Plan("random", data.lengths, batch_size=-(-len(data) // 4), world_size=world, accumulation=4 // world), 0.0
+        plan, total = (
+            Plan("random", data.lengths, batch_size=-(-len(data) // 4), world_size=world, accumulation=4 // world),
+            0.0,
+        )
         for rank in range(world):
             for row in PlanSampler(plan, data.supervised, rank=rank, micro_steps=micro_steps).step(0):
                 samples = [data[i] | {"weight": w} for i, w in row]
-                loss = loss_of_batch(model, collate(samples, image_shape=(3, 56, 56)), model.config.llava_nb["text_vocab_size"], model.config.image_token_id)
-                loss.backward(); total += float(loss.detach())
+                loss = loss_of_batch(
+                    model,
+                    collate(samples, image_shape=(3, 56, 56)),
+                    model.config.llava_nb["text_vocab_size"],
+                    model.config.image_token_id,
+                )
+                loss.backward()
+                total += float(loss.detach())
         return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
     expected, gradients = step(collate_packed, row_loss, 1, 1)
     for world, micro_steps in ((1, 1), (1, 4), (2, 2), (4, 1)):
         loss, found = step(collate, loss_of_batch, world, micro_steps)
         assert loss == pytest.approx(expected, abs=1e-6)
-        for n, g in gradients.items(): assert torch.allclose(found[n], g, atol=1e-6), (world, micro_steps, n)
+        for n, g in gradients.items():
+            assert torch.allclose(found[n], g, atol=1e-6), (world, micro_steps, n)

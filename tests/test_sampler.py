@@ -1,4 +1,5 @@
 """The sampler: the reference's orders index for index, and what a plan promises."""
+
 import json
 import os
 import random
@@ -9,8 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from llava_nb.sampler import (Plan, Remainder, cut, get_length_grouped_indices, get_modality_length_grouped_indices, mix665k_sample,
-                              split_to_even_chunks, waste)
+from llava_nb.sampler import (
+    Plan,
+    Remainder,
+    cut,
+    get_length_grouped_indices,
+    get_modality_length_grouped_indices,
+    mix665k_sample,
+    split_to_even_chunks,
+    waste,
+)
 
 GOLDENS = Path(os.environ.get("GOLDENS") or Path(__file__).parent / "goldens")
 GOLD = json.loads((GOLDENS / "sampler.json").read_text())
@@ -34,8 +43,10 @@ def seeded():
 @pytest.mark.parametrize("case,kind", CALLS)
 def test_reference_functions_equal_goldens(case, kind, seeded):
     seeded()
-    if kind == "plain": order = get_length_grouped_indices(np.abs(LENGTHS), *sizes(case))
-    else: order = get_modality_length_grouped_indices(LENGTHS, *sizes(case), torch.Generator() if kind == "mp" else None)
+    if kind == "plain":
+        order = get_length_grouped_indices(np.abs(LENGTHS), *sizes(case))
+    else:
+        order = get_modality_length_grouped_indices(LENGTHS, *sizes(case), torch.Generator() if kind == "mp" else None)
     assert order.tolist() == GOLD["cases"][case][kind]
 
 
@@ -71,7 +82,8 @@ def test_reference_vectors(lengths, batch, chunks, expected):
 
 
 def naive_chunks(indices, lengths, n):
-    if len(indices) % n: return [indices[i::n] for i in range(n)]
+    if len(indices) % n:
+        return [indices[i::n] for i in range(n)]
     chunks, load = [[] for _ in range(n)], [0] * n
     for i in indices:
         j = load.index(min(load))
@@ -83,19 +95,21 @@ def naive_chunks(indices, lengths, n):
 def naive_grouped(lengths, batch, chunks, generator):
     order, size, out = torch.randperm(len(lengths), generator=generator).tolist(), batch * chunks, []
     for start in range(0, len(order), size):
-        megabatch = sorted(order[start:start + size], key=lambda i: lengths[i], reverse=True)
-        for chunk in naive_chunks(megabatch, lengths, chunks): out += chunk
+        megabatch = sorted(order[start : start + size], key=lambda i: lengths[i], reverse=True)
+        for chunk in naive_chunks(megabatch, lengths, chunks):
+            out += chunk
     return out
 
 
 def naive_modality(lengths, batch, chunks, inner, outer):
     "The reference's description word for word, in plain lists."
-    if all(x > 0 for x in lengths) or all(x < 0 for x in lengths): return naive_grouped(lengths, batch, chunks, outer)
+    if all(x > 0 for x in lengths) or all(x < 0 for x in lengths):
+        return naive_grouped(lengths, batch, chunks, outer)
     size, kept, rest = batch * chunks, [], []
     for sign in (1, -1):
         group = [i for i, x in enumerate(lengths) if sign * x > 0]
         order = [group[i] for i in naive_grouped([sign * lengths[i] for i in group], batch, chunks, inner)]
-        mega = [order[i:i + size] for i in range(0, len(order), size)]
+        mega = [order[i : i + size] for i in range(0, len(order), size)]
         kept += mega[:-1]
         rest += mega[-1]
     return [i for k in torch.randperm(len(kept), generator=outer).tolist() for i in kept[k]] + sorted(rest)
@@ -110,7 +124,9 @@ def test_arrays_equal_the_naive_algorithm(seed):
     expected = naive_modality(lengths, batch, chunks, gen(seed), gen(seed + 1))
     assert get_modality_length_grouped_indices(lengths, batch, chunks, gen(seed + 1), gen(seed)).tolist() == expected
     by_length = sorted(range(n), key=lambda i: -lengths[i])
-    assert [c.tolist() for c in split_to_even_chunks(by_length, lengths, chunks)] == naive_chunks(by_length, lengths, chunks)
+    assert [c.tolist() for c in split_to_even_chunks(by_length, lengths, chunks)] == naive_chunks(
+        by_length, lengths, chunks
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -124,7 +140,8 @@ def test_compat_generators_run_on_from_epoch_to_epoch(world):
 
 # what a plan promises, over modes, sizes and ways to cut
 
-def records(n: int, share_text: float = .3, seed: int = 0):
+
+def records(n: int, share_text: float = 0.3, seed: int = 0):
     "Tokens, image flags and signed words of `n` records."
     rng = np.random.default_rng(seed)
     image, tokens = rng.random(n) >= share_text, rng.integers(5, 400, n)
@@ -138,7 +155,7 @@ SHAPES = [(500, 4, 2, 2), (61, 3, 2, 1), (64, 4, 4, 1), (7, 4, 2, 2), (1, 2, 2, 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("n,batch,world,accumulation", SHAPES)
-@pytest.mark.parametrize("share_text", [0, .3, 1])
+@pytest.mark.parametrize("share_text", [0, 0.3, 1])
 def test_every_index_once(mode, n, batch, world, accumulation, share_text):
     plan = Plan(mode, *records(n, share_text), batch, world, accumulation)
     assert np.array_equal(np.sort(plan.order), np.arange(n))
@@ -147,9 +164,11 @@ def test_every_index_once(mode, n, batch, world, accumulation, share_text):
         chunks = plan.micro_batches(step)
         assert len(chunks) == world * accumulation and max(map(len, chunks)) <= batch
         assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
-        if len(plan.global_batch(step)) >= world: assert all(len(c) for c in chunks[:world])
+        if len(plan.global_batch(step)) >= world:
+            assert all(len(c) for c in chunks[:world])
         assert np.array_equal(np.concatenate(chunks), plan.global_batch(step))
-        for j, c in enumerate(chunks): per_rank[j % world] += c.tolist()
+        for j, c in enumerate(chunks):
+            per_rank[j % world] += c.tolist()
     assert sum(map(len, per_rank)) == n and len(set().union(*per_rank)) == n
 
 
@@ -190,7 +209,8 @@ def test_modality_steps_are_pure_and_balanced(n):
     for k in range(plan.steps):
         assert len(set(image[plan.global_batch(k)].tolist())) == 1
         loads = [tokens[c].sum() for c in plan.micro_batches(k)]
-        if len(plan.global_batch(k)) == plan.global_batch_size: assert max(loads) - min(loads) <= tokens[plan.global_batch(k)].max()
+        if len(plan.global_batch(k)) == plan.global_batch_size:
+            assert max(loads) - min(loads) <= tokens[plan.global_batch(k)].max()
     full = [plan.global_batch_size] * plan.remainder.full_steps
     assert [len(plan.global_batch(k)) for k in range(plan.steps)] == full + list(plan.remainder.tail)
 
@@ -223,7 +243,8 @@ def test_compat_keeps_the_reference_s_mixed_end():
     rest = np.concatenate([plan.global_batch(k) for k in range(plan.remainder.full_steps, plan.steps)])
     assert np.array_equal(rest, np.sort(rest)) and 2 <= len(rest) <= 2 * plan.global_batch_size
     assert (plan.remainder.image, plan.remainder.text) == (image[rest].sum(), (~image[rest]).sum())
-    for k in range(plan.remainder.full_steps): assert len(set(image[plan.global_batch(k)].tolist())) == 1
+    for k in range(plan.remainder.full_steps):
+        assert len(set(image[plan.global_batch(k)].tolist())) == 1
 
 
 def test_remainders():
@@ -233,33 +254,44 @@ def test_remainders():
     assert Plan("modality", np.full(16, 5), np.arange(16) < 8, None, 4, 2).remainder == Remainder(2, (), 0, 0)
     assert Plan("random", t, None, None, 4, 2).remainder == Remainder(1, (2,), 2, 0)
     signed = np.where(np.arange(16) < 8, 5, -5)
-    assert Plan("compat", np.full(16, 5), None, signed, 4, 2).remainder == Remainder(0, (8, 8), 8, 8)  # full, and taken out all the same
+    assert Plan("compat", np.full(16, 5), None, signed, 4, 2).remainder == Remainder(
+        0, (8, 8), 8, 8
+    )  # full, and taken out all the same
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(mode="length"), "unknown sampler mode 'length'.*modality, random, compat"),
-    (dict(has_image=None), "needs has_image"),
-    (dict(mode="compat", word_lengths=None), "needs word_lengths"),
-    (dict(lengths=[3, 0, 5]), r"lengths\[1\] is 0 \(1 of 3"),
-    (dict(lengths=[3, 4, -5]), r"lengths\[2\] is -5"),
-    (dict(mode="compat", word_lengths=[3, -4, 0]), r"word_lengths\[2\] is 0"),
-    (dict(lengths=[], has_image=[], word_lengths=[]), "no records"),
-    (dict(has_image=[True]), "has_image has 1 values, lengths has 3"),
-    (dict(batch_size=0), "batch_size=0"), (dict(world_size=-1), "world_size=-1"), (dict(seed=-1), "seed=-1"), (dict(epoch=-1), "epoch=-1"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(mode="length"), "unknown sampler mode 'length'.*modality, random, compat"),
+        (dict(has_image=None), "needs has_image"),
+        (dict(mode="compat", word_lengths=None), "needs word_lengths"),
+        (dict(lengths=[3, 0, 5]), r"lengths\[1\] is 0 \(1 of 3"),
+        (dict(lengths=[3, 4, -5]), r"lengths\[2\] is -5"),
+        (dict(mode="compat", word_lengths=[3, -4, 0]), r"word_lengths\[2\] is 0"),
+        (dict(lengths=[], has_image=[], word_lengths=[]), "no records"),
+        (dict(has_image=[True]), "has_image has 1 values, lengths has 3"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(world_size=-1), "world_size=-1"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(epoch=-1), "epoch=-1"),
+    ],
+)
 def test_wrong_input_is_named(change, message):
     inputs = dict(mode="modality", lengths=[3, 4, 5], has_image=[True, True, False], word_lengths=[3, 4, -5])
-    with pytest.raises(ValueError, match=message): Plan(**inputs | change)
+    with pytest.raises(ValueError, match=message):
+        Plan(**inputs | change)
 
 
 def test_zero_words_are_refused_by_the_reference_function_and_ignored_where_unused():
-    with pytest.raises(ValueError, match=r"lengths\[2\] is 0"): get_modality_length_grouped_indices([5, -3, 0], 1, 2)
+    with pytest.raises(ValueError, match=r"lengths\[2\] is 0"):
+        get_modality_length_grouped_indices([5, -3, 0], 1, 2)
     assert Plan("modality", [3, 4], [True, True], [0, 4]).steps == 1
 
 
 @pytest.mark.parametrize("step", [-1, 4])
 def test_a_step_out_of_range_is_named(step):
-    with pytest.raises(IndexError, match=f"step {step}: this epoch has steps 0 to 3"): Plan("random", *records(64), 4, 4).global_batch(step)
+    with pytest.raises(IndexError, match=f"step {step}: this epoch has steps 0 to 3"):
+        Plan("random", *records(64), 4, 4).global_batch(step)
 
 
 def test_waste_on_the_sample():
@@ -270,13 +302,14 @@ def test_waste_on_the_sample():
     chunks = {m: cut(Plan(m, tokens, image, words, 16, 8).order, 16, 8) for m in MODES}
     pad, wait = {m: waste(c, tokens, 8) for m, c in chunks.items()}, waste(chunks["modality"], tokens, 8, packed=True)
     assert pad["compat"][0] < pad["random"][0] and pad["compat"][1] < pad["random"][1]
-    assert wait[0] == 0 and wait[1] < .01
+    assert wait[0] == 0 and wait[1] < 0.01
     assert waste([np.array([0, 1]), np.array([], int)], np.array([3, 1]), 2) == (1 - 4 / 6, 1 - 4 / 12)
 
 
 def test_a_large_epoch_is_planned_quickly():
     "665,298 records; the limit is far above what bench/plan.py measures."
     import time
+
     d = mix665k_sample()
     tokens, image = np.resize(d["tokens"], 665_298), np.resize(d["image"], 665_298)
     start = time.process_time()

@@ -128,7 +128,7 @@ def matmul_rate(
     "The best of a few large matrix products."
     cuda = torch.device(device).type == "cuda"
     size = size or (8192 if cuda else 1024)
-    generator = torch.Generator(device).manual_seed(0)      # its own: a measurement must not move a run's random numbers
+    generator = torch.Generator(device).manual_seed(0)      # a run's own random numbers stay as they are
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     seconds = [_seconds(lambda: a @ b, cuda) for _ in range(repeats + 2)]
     return 2 * size ** 3 / min(seconds[2:])                 # the first two warm up
@@ -145,7 +145,8 @@ def bf16_is_faster(
     device: torch.device | str,
 ) -> bool:
     "Whether bf16 multiplies matrices faster than float32 here; a fraction of a second on a CPU."
-    return torch.device(device).type == "cuda" or matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
+    if torch.device(device).type == "cuda": return True
+    return matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
 
 # %% ../../nbs/fast/05_meter.ipynb #c910c9e9
 @dataclass
@@ -162,7 +163,8 @@ class Meter:
         waited: float = 0.0, # of these, for data
     ) -> dict[str, float]: # for the log
         "Rates a second over all ranks, the share of time spent waiting for data, utilisation by each known rate."
-        found = {f"{name}_per_second": round(getattr(work, name) / seconds, 2) for name in ("samples", "tokens", "supervised")}
+        counts = {name: getattr(work, name) for name in ("samples", "tokens", "supervised")}
+        found = {f"{name}_per_second": round(count / seconds, 2) for name, count in counts.items()}
         flops = sum(self.shape.flops(work, self.stage).values()) / seconds / self.ranks
         found["data_wait"] = round(waited / seconds, 4)
         return found | {f"mfu_{name}": round(flops / rate, 4) for name, rate in self.rates.items()}

@@ -32,6 +32,7 @@ import llava_nb.run.efficientnet      # registers this tower with transformers' 
 import llava_nb.conversation as conversation
 import llava_nb.fast.cross_entropy as cross_entropy
 import llava_nb.safe.doctor as doctor
+import llava_nb.fast.language_models as language_models
 import llava_nb.imageproc as imageproc
 import llava_nb.llava as llava
 import llava_nb.masking as masking
@@ -103,7 +104,7 @@ def _whole(m: config.ModelConfig) -> transformers.LlavaConfig:
 
 def _joined(m: config.ModelConfig) -> transformers.LlavaConfig:
     text, tower = architecture(m.language_model), vision.vision_config(architecture(m.vision_tower))
-    llava.check_language_model(text, m.language_model)
+    language_models.check_language_model(text, m.language_model)
     rows = text.vocab_size + len(m.special_tokens or [])      # the tokenizer may have had some
     text.vocab_size = math.ceil((rows + 1) / 64) * 64
     return llava.llava_config(text, tower, rows, m.projector_type, m.vision_feature_layer, m.vision_feature_select_strategy)
