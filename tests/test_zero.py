@@ -1,9 +1,13 @@
 """DeepSpeed's configuration: the reference's settings, explicit clipping, nothing that replaces optimizer or schedule."""
+import ast
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import llava_nb
 from llava_nb.run.checks import dry_model
 from llava_nb.run.config import ModelConfig
 from llava_nb.trainer import LlavaTrainingArguments
@@ -90,3 +94,28 @@ def test_a_models_shapes_are_read_whole_while_zero_3_is_on():
     found = dry_model(ModelConfig(language_model="lmsys/vicuna-7b-v1.5", vision_tower="openai/clip-vit-large-patch14-336"))
     assert sum(p.numel() for p in found.parameters()) > 7e9 and not any(hasattr(p, "ds_id") for p in found.parameters())
     del alive
+
+
+INSIDE = r"ds_\w+|_hp_mapping|hp_fragment_address|lp_fragment_address|fp32_partitioned_groups_flat|single_partition_of_fp32_groups|" \
+         r"grad_position|sub_group_to_group_id|grad_partitions_flat_buffer|averaged_gradients|all_grad_tensors|micro_step_id|" \
+         r"has_overflow|check_grad_overflow|overflow|loss_scaler|swap_optimizer|global_samples|GatheredParameters|Init|" \
+         r"(is|set)_gradient_accumulation_boundary|_hf_deepspeed_config_weak_ref"
+
+
+def reached_into(source: str) -> set[str]:
+    """Names of DeepSpeed's inside that a module uses: attributes, and what getattr and its kin are asked for; the import itself."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute): found.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr"): found.add(getattr(node.args[1], "value", ""))
+        elif isinstance(node, ast.Import): found |= {"ds_import" for a in node.names if a.name.split(".")[0] == "deepspeed"}
+        elif isinstance(node, ast.ImportFrom) and not node.level: found |= {"ds_import"} if node.module.split(".")[0] == "deepspeed" else set()
+    return {name for name in found if re.fullmatch(INSIDE, str(name))}
+
+
+def test_only_two_modules_of_fast_know_deepspeeds_inside():
+    package = Path(llava_nb.__file__).parent
+    found = {str(p.relative_to(package)): reached_into(p.read_text(encoding="utf-8")) for p in package.rglob("*.py")}
+    assert {name for name, names in found.items() if names} == {"fast/engine.py", "fast/zero.py"}, {k: v for k, v in found.items() if v}
+    assert len(found["fast/engine.py"]) > 15 and found["fast/zero.py"] == {"ds_import"}
+    assert reached_into("n = getattr(p, 'ds_numel', 0)") and reached_into("import deepspeed.runtime.zero") and not reached_into("s = 'dtype overflows'")
