@@ -148,15 +148,16 @@ def check_jinja(
     "Refuse a tokenizer for which the template's Jinja gives other ids than training."
     tokenizer, text = encoder.tokenizer, jinja(template, encoder)
     question = {"from": "human", "value": f"{IMAGE_TOKEN}\nWhat is it?", "image": True}
-    turns = [question, {"from": "gpt", "value": "A fox."}, {"from": "human", "value": "Sure?"}][:3 if template.asks else 1]
+    turns = [question, {"from": "gpt", "value": "A fox."}, {"from": "human", "value": "Sure?"}]
+    turns = turns[:3 if template.asks else 1]
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns]
     asked = tokenizer.apply_chat_template(messages, chat_template=text, add_generation_prompt=True).input_ids
     wanted = encoder.uncut(template.prompt(turns))
     (start, end), = wanted.image_spans
     if [i for i in asked if i != encoder.image_token_id] != wanted.input_ids[:start] + wanted.input_ids[end:]:
-        raise ValueError(f"template {template.name!r}: this tokenizer reads a chat template's text otherwise than training "
-                         "reads its pieces, so nobody could ask the result; choose another template")
+        raise ValueError(f"template {template.name!r}: this tokenizer reads the chat template's text differently "
+                         "from training, so nobody could ask the result; choose another template")
 
 # %% ../nbs/12_checkpoint.ipynb #6cb31b58
 def as_trained(
@@ -224,7 +225,8 @@ def llava_processor(
         image_processor=exported_processor(image_processor, aspect), tokenizer=tokenizer,
         patch_size=image_size(config.vision_config) // side,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=config.image_seq_length + dropped - side ** 2, chat_template=tokenizer.chat_template)
+        num_additional_image_tokens=config.image_seq_length + dropped - side ** 2,
+        chat_template=tokenizer.chat_template)
 
 # %% ../nbs/12_checkpoint.ipynb #2ed32eb2
 PUBLISHED = (      # (transformers' beginning of a name, the published one)

@@ -27,6 +27,7 @@ import llava_nb.safe.integrity as integrity
 import llava_nb.safe.storage as storage
 import llava_nb.store.features as features
 import llava_nb.store.dataset as stored
+import llava_nb.fast.engine as engine
 import llava_nb.vision as vision
 from ..base.terminal import say
 from ..safe.reliable_trainer import ReliableTrainingArguments
@@ -56,7 +57,7 @@ def assemble(
     seed: int = 42,
 ) -> None:
     "Write a llava-hf folder from a language model and a vision tower, or one with rows for more tokens."
-    with vision.unpartitioned():
+    with engine.unpartitioned():
         tokenizer, spoken = trust.load(transformers.AutoTokenizer, m.model or m.language_model), m.special_tokens or []
         masking.add_spoken(tokenizer, spoken)
         if m.model: model = with_rows(llava.load_llava(m.model), tokenizer, spoken, seed)
@@ -117,7 +118,7 @@ def use_features(
     layer = found.vision_feature_layer
     if not isinstance(layer, int):
         raise ValueError(f"feature_cache keeps one hidden state of an image, and {start} uses the layers {layer}; leave it out")
-    with vision.unpartitioned():
+    with engine.unpartitioned():
         extractor = features.Extractor(llava.load_tower(start).to(weights), layer, args.device, autocast)
     for d in datasets:
         d.features = features.cached_features(d, extractor, run.data.feature_cache, args.dataloader_num_workers)

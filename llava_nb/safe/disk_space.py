@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from ..fast.engine import full_size
 from .integrity import MADE_WITH, MANIFEST, UNSEALED, checkpoints, fault
 from .storage import NoCheckpoint, amount, check_room, read_object, still_needed
 
@@ -43,15 +44,13 @@ def weight_bytes(
 ) -> int:
     "What the weights that are saved take."
     whole = any("language_model" in name for name, p in model.named_parameters() if p.requires_grad)       # else stage 1
-    return sum(_numel(p) * p.element_size() for p in model.parameters() if whole or p.requires_grad)
+    return sum(full_size(p) * p.element_size() for p in model.parameters() if whole or p.requires_grad)
 
 def checkpoint_bytes(
     model: torch.nn.Module, # partitioned or not
 ) -> int:
     "What one checkpoint takes: weights, and of every trained one a float32 copy and two moments."
-    return weight_bytes(model) + 12 * sum(_numel(p) for p in model.parameters() if p.requires_grad)
-
-def _numel(p: torch.nn.Parameter) -> int: return getattr(p, "ds_numel", p.numel())
+    return weight_bytes(model) + 12 * sum(full_size(p) for p in model.parameters() if p.requires_grad)
 
 def bytes_in(
     folders: list[Path],

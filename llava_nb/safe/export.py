@@ -8,6 +8,7 @@ __all__ = ['export', 'load_best']
 # %% ../../nbs/safe/22_export.ipynb #f2f453db
 from pathlib import Path
 
+from ..fast.engine import unpartitioned
 from ..base.terminal import say
 from ..fast.zero import from_all_ranks
 from .checkpoint_writer import CheckpointWriter
@@ -16,7 +17,6 @@ from .evaluation import best_checkpoint
 from .integrity import publish, read_back, restore_weights, seal_alone
 from .storage import clear, fail_point, together
 from ..trainer import LlavaTrainer
-from ..vision import unpartitioned
 
 # %% ../../nbs/safe/22_export.ipynb #0490fc1f
 def export(

@@ -17,6 +17,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase,
 from ..base.problems import Problems
 from ..base.terminal import printable
 from ..fast.meter import Meter, device_rates
+from ..fast.engine import pieces
 from ..fast.zero import from_all_ranks
 from .checkpoint_writer import CheckpointWriter, newest_sealed
 from .disk_space import last_step, missing_of, room_for
@@ -26,7 +27,7 @@ from .guard import Guard
 from .inherited import refused
 from .integrity import restore_weights, rotate
 from .provenance import made_with
-from .state import Training, check_optimizer, load_random, load_state, pieces, save_state
+from .state import Training, check_optimizer, load_random, load_state, save_state
 from .step_log import StepLog
 from .storage import Hold, NoCheckpoint, clear, fail_point, together
 from .training_watch import TrainingWatchdog
