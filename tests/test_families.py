@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from test_model import SHAPE, assert_equal, loss_and_gradients, sample
 from transformers import (
@@ -117,7 +119,10 @@ def tower():
     )
 
 
-@pytest.fixture(params=WORK, scope="module")
+SINCE = {"ministral3": "5.20"}       # before, this decoder did not hand its positions on, and was refused
+
+
+@pytest.fixture(params=[family for family in WORK if Version(transformers.__version__) >= Version(SINCE.get(family, "5"))], scope="module")
 def pair(request):
     "A language model by its own class, and in a LLaVA."
     own = language_model(request.param)
@@ -222,7 +227,7 @@ def test_a_kernel_that_forgets_windows_makes_windowed_models_refused(monkeypatch
         PaliGemmaConfig(),
         AutoConfig.for_model("llava_onevision"),
         AutoConfig.for_model("mllama"),
-        AutoConfig.for_model("idefics3"),
+        AutoConfig.for_model("idefics3", text_config={"model_type": "llama", "pad_token_id": 0}),
         AutoConfig.for_model("llama"),
         AutoConfig.for_model("clip"),
     ],

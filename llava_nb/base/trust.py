@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
@@ -274,7 +274,8 @@ def fetched(
     "A repository of the hub, as of one revision."
     repository, revision = HUB.fullmatch(name).groups()
     if revision and not re.fullmatch("[0-9a-f]{40}", revision): raise ValueError(f"{name}: a revision is 40 hexadecimal digits, a branch or a tag may move")
-    try: return Path(snapshot_download(repository, revision=revision or _newest(repository, local_files_only), allow_patterns=patterns, local_files_only=local_files_only))
+    here = local_files_only or is_offline_mode()      # huggingface_hub 1.31 asks for the list of files, offline as well
+    try: return Path(snapshot_download(repository, revision=revision or _newest(repository, here), allow_patterns=patterns, local_files_only=here))
     except (OSError, ValueError): raise FileNotFoundError(f"{name}: its config.json is neither in a folder of this name nor in the hub's cache, and the hub did not answer; give a folder") from None
 
 # %% ../../nbs/base/03_trust.ipynb #3b7d9c05
