@@ -338,7 +338,7 @@ def test_the_strategy_follows_from_the_tower(family):
         "dinov2_with_registers": "5 more than the square of its patches",
         "deit": "2 more",
         "siglip2_vision_model": "NaFlex",
-        "pixtral": "pictures of any size",
+        "pixtral": "images of any size",
         "swin": "fewer|width|wide",
         "hiera": "not one row of features",
         "convnextv2": "not one row of features",

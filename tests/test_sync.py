@@ -284,6 +284,11 @@ def test_notebook_is_small(path):
     assert path.stat().st_size <= 300 * KB
 
 
+def test_the_first_page_is_short_and_plain():
+    lines = [line for cell in cells(ROOT / "nbs/01_llava_in_one_notebook.ipynb") for line in source(cell).splitlines() if line.strip()]
+    assert len(lines) <= 150 and not [line for line in lines if line.startswith("class ")]
+
+
 def test_notebooks_are_small_together():
     assert sum(path.stat().st_size for path in NOTEBOOKS) <= 6 * 1024 * KB
 

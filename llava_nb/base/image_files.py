@@ -152,7 +152,8 @@ class Bounded:
         "The next bytes, or `Refused`."
         self.left -= 1
         if self.left < 0: raise TooLarge("it is made of far too many pieces and would take too long; save it anew")
-        if time.thread_time() > self.end: raise TooLarge(f"decoding it takes more than {self.seconds:g} s; save it anew")
+        if time.thread_time() > self.end:
+            raise TooLarge(f"decoding it takes more than {self.seconds:g} s; save it anew")
         return self.file.read(size)
 
     def __getattr__(self, name: str): return getattr(self.file, name)
@@ -321,7 +322,7 @@ def scale(
     return narrow.resize(size, resample)
 
 
-def _pasted(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], background: tuple | None) -> Image.Image:
+def _pasted(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], background) -> Image.Image:
     if image.size == size: return image
     ground = Image.new("RGB", size, background)
     ground.paste(image, corner)
