@@ -15,11 +15,12 @@ from runs import config, make_world, verdict
 from transformers import AutoTokenizer
 
 from llava_nb import train
-from llava_nb.conversation import KINDS, get_template
+from llava_nb.conversation import get_template
 from llava_nb.safe.doctor import self_test
 from llava_nb.base.image_files import open_image
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.store.conversion import validate_files
+from llava_nb.store.record_checks import KINDS
 from llava_nb.store.validate import Gate
 
 

@@ -10,6 +10,13 @@ from test_catalogue_data import PICTURES, RECORDS, SOUND, of, said, shown, slug
 
 from llava_nb import train
 from llava_nb.base.image_files import open_image
+from llava_nb.conversation import BadRecord, get_template
+from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.safe.doctor import Findings, write
+from llava_nb.store.conversion import validate_files
+from llava_nb.store.images import Folder
+from llava_nb.store.records import with_findings, with_pictures
+from llava_nb.store.validate import Gate
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +164,24 @@ def test_everything_bad_at_once_is_found_and_shown_safely(world, capsys):
     assert not any(name.startswith("on") for name, _ in page.attributes) and all(value.startswith("data:image/jpeg;base64,") for name, value in page.attributes if name in ("src", "href"))
     assert not any(ord(c) < 32 and c not in "\n\t" or 127 <= ord(c) < 160 or c in "\u2028\u2029\u202e" for c in html)
     assert "<script>alert(1)</script>" in "".join(page.text)
+
+
+def test_neither_the_list_nor_the_page_keeps_a_password(tmp_path):
+    """Of an image's address, of an id, of a place of shards; and the list still names its records to a run."""
+    address, said = "s3://key:hunter2@bucket", [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "x"}]
+    (tmp_path / "page.png").write_text("<html>404")
+    data = [{"id": f"{address}/1", "image": "page.png", "conversations": said}, {"id": "gone", "image": f"{address}/2.png", "conversations": said},
+            {"id": "unread", "image": "page.png", "conversations": said, "video": f"{address}/3.mp4", "url": "https://host/4.png?signature=hunter2"}]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    class Elsewhere(Folder):
+        def __str__(self) -> str: return address
+        def problems(self, images): return {i: BadRecord("missing", f"{i!r} is in no shard of {self}", "add it", "image") for i in images if i != "page.png"}
+    gate, source = Gate(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 256)), Elsewhere(tmp_path)
+    records = with_pictures(validate_files(tmp_path / "data.json", gate, tmp_path / "cache"), source)
+    found = Findings()
+    found.add(records, source)
+    write(found, gate, tmp_path / "out")
+    listed, page = ((tmp_path / "out" / name).read_text() for name in ("findings.jsonl", "findings.html"))
+    assert "hunter2" not in listed + page and listed.count("s3://***@bucket") >= 4 and page.count("s3://***@bucket") >= 4
+    left = with_findings(records, tmp_path / "out" / "findings.jsonl")
+    assert len(left) == 0 and [p.kind for p in left.problems] == ["unreadable", "missing", "unread"]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from llava_nb.conversation import KINDS, get_template
+from llava_nb.conversation import get_template
 from llava_nb.safe.doctor import Findings, look, summary, write
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
@@ -25,6 +25,7 @@ from llava_nb.store.conversion import validate_files
 from llava_nb.store.dataset import ValidatedDataset
 from llava_nb.store.images import Folder
 from llava_nb.store.records import with_pictures
+from llava_nb.store.record_checks import KINDS
 from llava_nb.store.validate import Gate
 
 COUNT, PICTURES = int(os.environ.get("FUZZ", 3000)), int(os.environ.get("FUZZ_PICTURES", 300))

@@ -11,6 +11,7 @@ from llava_nb.checkpoint import stops
 from llava_nb.conversation import IMAGE_TOKEN, TEMPLATES, get_template, normalise
 from llava_nb.llava import add_image_token
 from llava_nb.masking import IGNORE_INDEX, Encoder, tiny_tokenizer
+from llava_nb.store.record_checks import validate_record
 
 CHATML = "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 QWEN = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML
@@ -152,7 +153,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_trained_on_is_refused_with_its_reason(reason):
-    with pytest.raises(ValueError, match=reason): normalise(REFUSED[reason])
+    with pytest.raises(ValueError, match=reason): validate_record(REFUSED[reason])
 
 
 def test_the_image_mark_moves_to_the_front_and_html_stays_text():

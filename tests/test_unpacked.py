@@ -177,6 +177,8 @@ def test_what_was_unpacked_is_used_again_and_made_anew_when_it_is_not_whole(tmp_
             assert all(found.read(held_name(png(k))) == png(k) for k in range(6)) and len(found.shards) == 6 and stamps() != made
             made = stamps()
         os.utime(file, ns=(1, 1))
+        assert unpack([file], tmp_path / "cache") == folder          # touched, the same content
+        write(file, [record(k, {"bytes": png(k), "path": None}) for k in range(1, 7)])
         assert unpack([file], tmp_path / "cache") != folder
     finally: unpacked.EACH = each
 

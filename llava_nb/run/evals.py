@@ -15,7 +15,8 @@ import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
 from ..checkpoint import stops, unsayable
-from ..conversation import SYSTEM, Template, image_of, normalise
+from ..conversation import SYSTEM, Template, image_of
+from ..store.record_checks import validate_record
 from ..imageproc import ImageTransform
 from ..masking import Encoder
 
@@ -80,7 +81,7 @@ def answer(
 
 def _question(record: dict) -> list[dict]: # turns
     "The first question, behind the record's own system prompt."
-    turns = normalise(record)
+    turns = validate_record(record)
     return turns[:1 + (turns[0]["from"] == SYSTEM)]
 
 def _generate(model, tokenizer, ends, prompts, pictures, blank, max_new_tokens) -> list[str]:
