@@ -324,7 +324,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
 def _as_text(value: Any) -> str: # of a value that JSON cannot hold
     return f"{len(value):,} bytes" if isinstance(value, bytes) else repr(value)
 
-# %% ../../nbs/store/01_files.ipynb #509b5732
+# %% ../../nbs/store/01_files.ipynb #c9117197
 def read_records(
     path: str | Path | Sequence[str | Path], # see `data_files`
 ) -> Iterator[dict]:
@@ -350,13 +350,14 @@ def rows_of(
     _refuse_other_formats(path, start)
     rows = _json_rows(path)
     first = list(itertools.islice(rows, 2))
-    if len(first) == 1: _check_single(path, json.loads(first[0]), start)
+    is_list = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+    if len(first) == 1 and not is_list: _check_single(path, first[0])
     yield from itertools.chain(first, rows)
 
-def _check_single(path: Path, value: Any, start: bytes) -> None:
+def _check_single(path: Path, row: str) -> None:
     "Refuse a file of one value that is no record, such as an object with the list of records inside."
-    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[": return      # a list of one record
-    more = ""
+    try: value, more = parsed(row)[0], ""
+    except BadRecord: return                    # whoever validates the record names it
     if isinstance(value, dict):
         if "conversations" in value or "messages" in value: return
         inside = next((key for key, v in value.items() if _is_records(v)), None)
