@@ -205,37 +205,6 @@ def _tower_forward(tower: nn.Module, pixel_values: torch.Tensor, *args, **kwargs
     state = pixel_values if needed else zeros
     return BaseModelOutputWithPooling(hidden_states=(state,) * tower.states)      # whichever state is selected
 
-# %% ../nbs/06_llava.ipynb #32571b79
-def connect_rows(
-    model: LlavaForConditionalGeneration, # changed in place
-) -> None:
-    "Add the arguments `picture_of`, `tower`, `features` and `loss` to the model's forward."
-    inner, head, tower, placed = model.model, model.lm_head, model.model.vision_tower, {}
-    LossHead.over(head)
-    used = model.config.vision_feature_layer
-    tower.states = 1 + max(map(abs, [used] if isinstance(used, int) else used))
-    tower.needed, tower.given, tower.forward = True, False, MethodType(_tower_forward, tower)
-    def read_arguments(module, args, kwargs):
-        placed["of"] = kwargs.pop("picture_of", None)      # which image stands at each record's `<image>`
-        tower.needed = kwargs.pop("tower", True)           # False: no rank has an image
-        tower.given = kwargs.pop("features", False)        # True: the pixels are a tower's features
-        head.asked = kwargs.pop("loss", None)              # see `LossHead`
-        return args, kwargs
-    def repeat_images(module, args, features): # [P, F, h] -> [1, N x F, h]
-        of = placed.pop("of", None)
-        return features if of is None else features.index_select(0, of).flatten(0, 1)[None]
-    model.register_forward_pre_hook(read_arguments, with_kwargs=True)
-    inner.multi_modal_projector.register_forward_hook(repeat_images)
-
-def _if_needed(tower: nn.Module, pixel_values: torch.Tensor, *args, **kwargs):
-    "The tower's forward; for features instead of pixels, these; for nothing, zeros of the same width; as every hidden state that may be asked for."
-    needed, given, tower.needed, tower.given = tower.needed, tower.given, True, False      # one answer
-    if needed and given: return BaseModelOutputWithPooling(hidden_states=(pixel_values,) * tower.states)      # from store/11_features
-    if needed: return type(tower).forward(tower, pixel_values, *args, **kwargs)
-    zeros = pixel_values.new_zeros(1, 2, tower.config.hidden_size, dtype=tower.dtype)
-    state = pixel_values if needed else zeros
-    return BaseModelOutputWithPooling(hidden_states=(state,) * tower.states)      # whichever state is selected
-
 # %% ../nbs/06_llava.ipynb #c57405a3
 def unused_layers(
     model: LlavaForConditionalGeneration,

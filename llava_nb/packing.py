@@ -39,24 +39,7 @@ def _images(samples: Sequence[dict], image_shape: tuple[int, ...]) -> dict[str, 
     place = {key: k for k, key in enumerate(distinct)}
     stacked = torch.stack([*distinct.values()]) if distinct else torch.zeros(1, *image_shape)
     found = {"pixel_values": stacked, "picture_of": torch.tensor([place[id(p)] for p in given], dtype=torch.long)}
-    return found | ({"features": True} if len(image_shape) == 2 else {})      # [F, h], see store/10_features
-
-# %% ../nbs/09_packing.ipynb #9652a9c7
-def _token_weights(samples: Sequence[dict], counts: list[int]) -> torch.Tensor: # [S], over all target tokens
-    if any("weight" in s for s in samples):
-        each = [float(s["weight"]) for s in samples]
-    else:
-        each = [1 / max(sum(counts), 1)] * len(samples)
-    return torch.cat([torch.full((n,), w) for n, w in zip(counts, each)])
-
-def _images(samples: Sequence[dict], image_shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    "The distinct images of some samples, and the place of each sample's image among them."
-    given = [s["pixel_values"] for s in samples if s.get("pixel_values") is not None]
-    distinct = {id(p): p for p in given}                # the dataset gives one tensor for one image
-    place = {key: k for k, key in enumerate(distinct)}
-    stacked = torch.stack([*distinct.values()]) if distinct else torch.zeros(1, *image_shape)
-    found = {"pixel_values": stacked, "picture_of": torch.tensor([place[id(p)] for p in given], dtype=torch.long)}
-    return found | ({"features": True} if len(image_shape) == 2 else {})      # a tower's, [F, h], from store/11_features
+    return found | ({"features": True} if len(image_shape) == 2 else {})      # [F, h], see store/11_features
 
 # %% ../nbs/09_packing.ipynb #a57f5456
 def collate_padded(
