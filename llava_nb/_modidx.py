@@ -1515,7 +1515,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'llava_nb/store/features.py'),
                                          'llava_nb.store.features._Missing.__len__': ( 'store/features.html#_missing.__len__',
                                                                                        'llava_nb/store/features.py'),
-                                         'llava_nb.store.features._content': ('store/features.html#_content', 'llava_nb/store/features.py'),
                                          'llava_nb.store.features._fill': ('store/features.html#_fill', 'llava_nb/store/features.py'),
                                          'llava_nb.store.features._known': ('store/features.html#_known', 'llava_nb/store/features.py'),
                                          'llava_nb.store.features._make_durable': ( 'store/features.html#_make_durable',
