@@ -37,8 +37,8 @@ test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with
 	$(PYTEST) tests --ignore tests/test_sync.py -n 2 --dist loadfile --deselect tests/test_soak.py
 	$(PYTEST) tests/test_soak.py
 
-torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants, one at every named point, fuzzing, a long run
-	KILLS=50 SIGNALS=20 FAILPOINTS=all FUZZ=200000 FUZZ_PICTURES=20000 SOAK=10000 $(PYTEST) tests/test_catalogue.py tests/test_reliability.py tests/test_storage.py tests/test_fuzz.py tests/test_soak.py
+torture: $(STAMP) ## what a run survives, many times over: 50 kills at random instants, one at every named point, fuzzing, every spoilt model folder, a long run
+	KILLS=50 SIGNALS=20 FAILPOINTS=all MUTATIONS=all FUZZ=200000 FUZZ_PICTURES=20000 SOAK=10000 $(PYTEST) tests/test_catalogue.py tests/test_reliability.py tests/test_storage.py tests/test_fuzz.py tests/test_mutations.py tests/test_soak.py
 
 audit: $(STAMP)  ## known holes in what is installed (pip-audit), doubtful calls in our own code (bandit)
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c $(CONSTRAINTS) -e '.[audit]'

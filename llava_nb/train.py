@@ -21,6 +21,7 @@ import time
 import torch
 
 import llava_nb.base.trust as trust
+import llava_nb.fast.memory as memory
 import llava_nb.fast.zero as zero
 import llava_nb.run.assemble as assemble
 import llava_nb.run.checks as checks
@@ -45,6 +46,7 @@ def run(
     argv: list[str], # CONFIG.json and flags
 ) -> int: # exit code
     "`llava_nb train`: parse, check, build, train, save."
+    memory.expand_segments()
     with contextlib.ExitStack() as held:
         try:
             trust.check_versions()

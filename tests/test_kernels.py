@@ -13,6 +13,7 @@ from runs import ROOT, TIMEOUT, config, launch, make_world
 from test_model import SHAPE, assert_equal, loss_and_gradients, samples
 from torch._dynamo.utils import counters
 
+from llava_nb.fast.memory import expand_segments
 from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.fast.recompute import RECOMPUTE, set_recompute
 from llava_nb.llava import freeze, tiny_llava
@@ -76,6 +77,33 @@ def test_a_kernel_that_forgets_the_window_is_caught(backend, monkeypatch):
     monkeypatch.setitem(BACKENDS, backend, lambda *given, sliding_window=None, **others: kernel(*given, **others))
     assert not objection(backend, "cpu", torch.float32)
     assert objection(backend, "cpu", torch.float32, window=4096).startswith("it differs from sdpa by")
+
+
+def test_all_ranks_take_the_back_end_that_none_objects_to(monkeypatch):
+    """Two ranks, one of which cannot run the first kernel: both take the second, and say whose objection it was."""
+    objections = [{"varlen": "it differs from sdpa by 9.0%"}, {"flash": "the package flash-attn is not installed"}]
+    def chosen(rank: int, wanted: str = "auto"):
+        asked = iter(BACKENDS) if wanted == "auto" else iter([wanted])
+        def gather(mine: str) -> list[str]:
+            backend = next(asked)
+            assert mine == objections[rank].get(backend, "")
+            return [said.get(backend, "") for said in objections]
+        monkeypatch.setattr("llava_nb.fast.attention.objection", lambda backend, *rest: objections[rank].get(backend, ""))
+        return choose_attention(wanted, "cuda", torch.bfloat16, gather=gather)
+    assert chosen(0) == chosen(1) == ("flex", {"varlen": "rank 0: it differs from sdpa by 9.0%", "flash": "rank 1: the package flash-attn is not installed"})
+    for rank in (0, 1):
+        with pytest.raises(ValueError, match="'flash' cannot be used on cuda .*: rank 1: the package"): chosen(rank, "flash")
+
+
+def test_the_allocator_is_set_before_cuda_starts_and_never_over_the_users_own(monkeypatch):
+    for own in ({}, {"PYTORCH_ALLOC_CONF": ""}):
+        assert expand_segments(own, cuda=True) and own == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for own in ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}):
+        assert not expand_segments(changed := dict(own), cuda=True) and changed == own
+    assert not expand_segments(none := {}, cuda=False) and none == {}
+    monkeypatch.setattr(torch.version, "cuda", None)      # a build without CUDA, or for ROCm
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not expand_segments(none) and none == {}
 
 
 def test_auto_says_what_it_refuses_and_why(monkeypatch):

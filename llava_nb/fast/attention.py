@@ -189,17 +189,20 @@ def _trial(backend: str, device, dtype: torch.dtype, heads: tuple[int, int, int]
     return [out.detach(), *torch.autograd.grad((out.float() ** 2).sum(), (q, k, v))]
 
 # %% ../../nbs/fast/01_attention.ipynb #dd6be577
+def _alone(said: str) -> list[str]: return [said]
+
 def choose_attention(
     wanted: str, # "auto" or a key of `BACKENDS`
     device: torch.device | str,
     dtype: torch.dtype,
     heads: tuple[int, int, int] = (4, 2, 64), # of queries, of keys, and the size of one
     windows: Sequence[int | None] = (None,), # sliding windows of its layers; None: a layer without one
+    gather: Callable[[str], list[str]] = _alone, # what every rank says, by rank
 ) -> tuple[str, dict[str, str]]: # a key of `BACKENDS`; those that "auto" refused, and why
-    "The back end to use on this device."
+    "The back end to use on this device, the same on all ranks. Every rank must call."
     if wanted not in ("auto", *BACKENDS):
         raise ValueError(f"attention {shown(wanted)} is unknown; use auto, {', '.join(BACKENDS)}")
-    why = lambda backend: next(filter(None, (objection(backend, device, dtype, heads, w) for w in windows)), "")
+    why = lambda backend: _first_objection(gather(_own_objection(backend, device, dtype, heads, windows)))
     if wanted != "auto":
         if found := why(wanted):
             raise ValueError(f"attention {shown(wanted)} cannot be used on {device} in {dtype}: {found}; "
@@ -211,6 +214,14 @@ def choose_attention(
             return backend, refused
         refused[backend] = found
     return "sdpa", refused
+
+def _own_objection(backend: str, device, dtype, heads, windows) -> str:
+    "This rank's objection to a back end."
+    return next(filter(None, (objection(backend, device, dtype, heads, w) for w in windows)), "")
+
+def _first_objection(said: list[str]) -> str: # of each rank
+    "One rank's objection counts for all."
+    return next((why if len(said) == 1 else f"rank {r}: {why}" for r, why in enumerate(said) if why), "")
 
 # %% ../../nbs/fast/01_attention.ipynb #a89589c0
 def attention_heads(
@@ -236,10 +247,11 @@ def use_attention(
     wanted: str, # "auto" or a key of `BACKENDS`
     device: torch.device | str, # that it will run on
     dtype: torch.dtype, # that it will compute in
+    gather: Callable[[str], list[str]] = _alone, # see `choose_attention`
 ) -> tuple[str, dict[str, str]]: # see `choose_attention`
     "Set the attention back end of the language model."
     text = model.config.get_text_config()
     windows = dict.fromkeys((None, sliding_window(text)[0]))
-    backend, refused = choose_attention(wanted, device, dtype, attention_heads(text), tuple(windows))
+    backend, refused = choose_attention(wanted, device, dtype, attention_heads(text), tuple(windows), gather)
     model.set_attn_implementation({"text_config": register_attention(backend)})
     return backend, refused

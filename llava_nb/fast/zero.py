@@ -24,10 +24,12 @@ def bytes_per_rank(
     frozen: int, # parameters that do not
     world_size: int, # ranks
     zero: int, # ZeRO stage: 0, 1, 2 or 3
+    float32_sums: bool = False, # gradients of several rows are summed in float32, see `accumulate_in_float32`
 ) -> dict[str, float]: # bytes of weights, gradients and optimizer state on one rank
     "Model state of one rank in mixed precision (2 + 2 + 12 bytes a trained parameter), without activations."
     share = lambda from_stage: world_size if zero >= from_stage else 1
-    return {"weights": 2 * (trained + frozen) / share(3), "gradients": 2 * trained / share(2), "optimizer": 12 * trained / share(1)}
+    gradient = 4 if float32_sums else 2
+    return {"weights": 2 * (trained + frozen) / share(3), "gradients": gradient * trained / share(2), "optimizer": 12 * trained / share(1)}
 
 # %% ../../nbs/fast/04_zero.ipynb #686820a9
 def _from_settings() -> dict: # DeepSpeed takes 1, or off, for what is missing

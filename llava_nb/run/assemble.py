@@ -100,7 +100,7 @@ def load_model(
 
 def _choose_kernels(run: config.Run, args: ReliableTrainingArguments, model: transformers.LlavaForConditionalGeneration) -> None:
     _, autocast = checks.precision(args)
-    used, refused = attention.use_attention(model, run.model.attention, args.device, autocast)
+    used, refused = attention.use_attention(model, run.model.attention, args.device, autocast, zero.from_all_ranks)
     cross_entropy.use_loss_kernel(model, run.model.loss_kernel, args.device, autocast)
     if args.process_index != 0: return
     say(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}")

@@ -93,7 +93,9 @@ def _run(args: argparse.Namespace) -> None:
     from llava_nb.chat import Chat
     trust.check_versions()
     with trust.explained(args.model, "a model to chat with", (ValueError, OSError, FloatingPointError)):
-        _converse(Chat.from_pretrained(args.model, args.template, args.dtype, args.device, args.system), args)
+        chat = Chat.from_pretrained(args.model, args.template, args.dtype, args.device, args.system)
+        try: _converse(chat, args)
+        except FloatingPointError as e: raise FloatingPointError(f"{args.model}: {e}") from e
 
 def main(
     argv: Sequence[str] | None = None, # the command line; None: the program's own

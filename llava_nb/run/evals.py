@@ -19,6 +19,8 @@ from ..conversation import SYSTEM, Template, image_of
 from ..store.record_checks import validate_record
 from ..imageproc import ImageTransform
 from ..masking import Encoder
+from ..store.dataset import read_again
+from ..store.images import Folder
 
 # %% ../../nbs/run/08_evals.ipynb #63e00a5c
 def plain_words(
@@ -58,7 +60,7 @@ def answer(
     template: Template, # the one it was trained with
     transform: ImageTransform,
     records: Sequence[dict], # one question and its answer each
-    image_folder: str | Path,
+    images: str | Path | Folder, # the image folder, or what the training opens images with: `Shards`, `Unpacked`
     blank: bool = False, # replace every picture by a blank one
     batch_size: int = 16,
     max_new_tokens: int = 12,
@@ -66,13 +68,15 @@ def answer(
 ) -> list[Answer]:
     "Ask every question and collect greedy answers."
     settings, was_training = model.config.llava_nb, model.training
+    source = Folder(images) if isinstance(images, str | Path) else images
     encoder = Encoder(tokenizer, model.config.image_token_id, settings["image_seq_len"], 10**9, settings.get("special_tokens") or ())
     ends = stops(template, encoder)
     model.eval(); found = []
     for k in range(0, len(records), batch_size):
         batch = records[k:k + batch_size]
         prompts = [encoder(template.prompt(_question(r))).input_ids for r in batch]
-        pictures = [transform(Path(image_folder) / image) for r in batch if (image := image_of(r)) is not None]
+        shown = [image for r in batch if (image := image_of(r)) is not None]
+        pictures = [read_again(lambda: transform(source.open(image)), f"{source}/{image}") for image in shown]
         texts = _generate(model, tokenizer, ends, prompts, pictures, blank, max_new_tokens)
         found += [Answer(r, text) for r, text in zip(batch, texts)]
         progress(len(found))
