@@ -80,14 +80,14 @@ def prepare(
     with dog:
         checks.tell(checks.go(c, checks.CHECKS[1:]))
         asked.run.resume = c.resume
-        if c.resume and args.process_index == 0: say(f"going on from {c.resume}")
+        if c.resume and args.process_index == 0: say(f"resuming from {c.resume}")
         parts = assemble.build(asked, args, c)
     if args.process_index == 0: messages.write_start(asked, args.output_dir, parts.dataset)
     return _trainer_of(parts, args, c, dog)
 
-def _trainer_of(parts: assemble.Parts, args: ReliableTrainingArguments, c: checks.Checked, dog: TrainingWatchdog) -> ReliableTrainer:
-    trainer = ReliableTrainer(parts.model, args, parts.dataset, parts.tokenizer, parts.image_processor, parts.eval_dataset,
-                              watch=dog, hold=c.hold)
+def _trainer_of(parts: assemble.Parts, args: ReliableTrainingArguments, c: checks.Checked, dog: TrainingWatchdog):
+    trainer = ReliableTrainer(parts.model, args, parts.dataset, parts.tokenizer, parts.image_processor,
+                              parts.eval_dataset, watch=dog, hold=c.hold)
     messages.use_loss_line(trainer)
     trainer.add_callback(LossAlarm())
     ranks.assert_same(zero.from_all_ranks(ranks.fingerprint(trainer)), "give every rank the same files and settings")
@@ -119,7 +119,8 @@ def save(
 ) -> None:
     "Export the result; a run that a signal stopped has a checkpoint instead."
     if not trainer.guard.stopped: trainer.export()
-    elif trainer.sealed < trainer.state.global_step: raise StorageFailed("a signal asked for a checkpoint and it could not be saved")
+    elif trainer.sealed < trainer.state.global_step:
+        raise StorageFailed("a signal asked for a checkpoint and it could not be saved")
 
 def leave_ranks(
     code: int, # exit code

@@ -1,6 +1,7 @@
 """The command: nothing is built for a wrong one, DeepSpeed files as people bring them, parts put together anew when they change."""
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -164,3 +165,13 @@ echo "${{COMPREPLY[@]}}"
 """.format(python=sys.executable)
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert set(done.stdout.split()) == {"--projector", "--projector_type", "--projector_lr"}, done.stdout + done.stderr
+
+
+def test_the_page_of_exit_codes_has_every_code():
+    page = (ROOT / "docs" / "exit_codes.md").read_text()
+    assert [int(n) for n in re.findall(r"^\| (\d+) \|", page, re.M)] == list(EXIT_CODES)
+
+
+def test_the_story_of_a_run_is_short():
+    lines = [line for line in (ROOT / "llava_nb" / "train.py").read_text().splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    assert len(lines) <= 120

@@ -42,7 +42,7 @@ def test_a_sound_set_ends_with_0_and_a_bad_one_with_2_and_every_finding(world, c
     assert "page.png" in html and "data:image/jpeg" in html and "learned" in html and "http" not in html and not (world / "bad" / "config_resolved.json").exists()
     assert train.main(["doctor", str(file), "--bad_records", "missing,size,unreadable,role"]) == 2        # the text is of another kind
     assert train.main(["doctor", str(file), "--bad_records", "skip"]) == 2       # as a run that is not told of the two pictures
-    assert "llava_nb: 2 of 37 pictures cannot be read" in capsys.readouterr().err
+    assert "llava_nb: 2 of 37 images cannot be read" in capsys.readouterr().err
     told = ["--bad_records", "skip", "--findings", str(world / "bad" / "findings.jsonl")]
     assert train.main(["doctor", str(file), *told]) == 0
     assert train.main(["doctor", str(file), *told, "--max_bad", "5%"]) == 3
@@ -83,10 +83,10 @@ def test_a_run_opens_its_pictures_first_and_refuses_those_it_cannot_read(world, 
     changes = {"data_path": str(folder / "records.json"), "image_folder": str(folder), "max_steps": 1, "save_strategy": "no"}
     done = run(config(world, f"opened{ranks}", **changes)[0], ranks)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.count("2 of 5 pictures cannot be read") == 1 and "record 3 (id 3.jpg): image: '3.jpg': its content is" in done.stderr and "record 4 (id 4.webp)" in done.stderr and "attention:" not in done.stdout
+    assert done.stderr.count("2 of 5 images cannot be read") == 1 and "record 3 (id 3.jpg): image: '3.jpg': its content is" in done.stderr and "record 4 (id 4.webp)" in done.stderr and "attention:" not in done.stdout
     done = run(config(world, f"unopened{ranks}", **changes, look_seconds=0)[0], 0)        # in the middle of the run, as it is without
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("llava_nb: ")]
-    assert done.returncode == 6 and "from the beginning: no checkpoint is sealed yet" in said and "doctor CONFIG.json --deep" in said
+    assert done.returncode == 6 and "begins again: there is no checkpoint yet" in said and "doctor CONFIG.json --deep" in said
 
 
 def test_tokenizer_template_and_length_are_tried_before_records_are_read(world, capsys):

@@ -128,7 +128,7 @@ def test_a_run_whose_newest_checkpoint_was_mixed_goes_on_from_the_one_before(wor
     shutil.copy(out / "checkpoint-18" / part_file(0), out / "checkpoint-19" / part_file(0))
     seal(out / "checkpoint-19")
     done = run(file, 0)
-    assert done.returncode == 0 and "is of step '18', state.json of step 19; set aside as damaged-checkpoint-19" in done.stdout and "going on from" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "is of step '18', state.json of step 19; set aside as damaged-checkpoint-19" in done.stdout and "resuming from" in done.stdout, done.stdout + done.stderr
     assert losses(out) == whole[0] and farthest(weights(out), whole[1]) == 0
 
 
@@ -198,7 +198,7 @@ def test_a_signal_ends_a_run_after_its_step_and_the_same_command_goes_on(world, 
     said = process.stdout.read()
     assert process.wait(TIMEOUT) == 75, said
     (left,) = checkpoints(Path(settings["output_dir"]))
-    assert f"by {sign.name}; the same command goes on from {left.name}" in said and not fault(left)
+    assert f"by {sign.name}; the same command resumes from {left.name}" in said and not fault(left)
     assert launch(file, 0) == whole[0] and farthest(weights(Path(settings["output_dir"])), whole[1]) == 0
 
 

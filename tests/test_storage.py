@@ -149,7 +149,7 @@ def test_after_three_failures_in_a_row_a_run_ends_cleanly_and_goes_on_when_there
 def test_a_result_that_cannot_be_written_is_no_success(world, whole):
     file, settings = config(world, "unwritten", **SHORT)
     done = failing(file, "export.written:1:EDQUOT")
-    assert done.returncode == 7 and "goes on from checkpoint-6" in done.stderr and "done:" not in done.stdout
+    assert done.returncode == 7 and "resumes from checkpoint-6" in done.stderr and "done:" not in done.stdout
     assert not (Path(settings["output_dir"]) / "model.safetensors").exists()
     ends_as_if_nothing_had_been(file, whole)
 

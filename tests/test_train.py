@@ -70,7 +70,7 @@ def test_published_command_lines_train(world, capsys):
     assert (world / "out" / "pretrain" / "projector.safetensors").is_file()
     assert train.main(words(FINETUNE, **paths(world)) + extra) == 0
     out = capsys.readouterr().out
-    assert "chat:" in out and "learned tokens/s" in out and (world / "out" / "finetune" / "model.safetensors").is_file()
+    assert "chat:" in out and "target tokens/s" in out and (world / "out" / "finetune" / "model.safetensors").is_file()
     saved = json.loads((world / "out" / "finetune" / "config.json").read_text())
     assert saved["llava_nb"]["template"] == "v1" and saved["llava_nb"]["image_aspect_ratio"] == "pad"
 

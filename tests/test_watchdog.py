@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,8 +25,11 @@ from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.store.dataset import ValidatedDataset
 from llava_nb.store.images import Folder
 from llava_nb import train
+from llava_nb.safe.failures import _data_line, exit_code_of
 from llava_nb.safe.loss_alarm import LossAlarm
 from llava_nb.safe.processes import launches, orphaned, program_of
+from llava_nb.safe.training_watch import DataFailed
+from llava_nb.store.dataset import UndecodableImage
 from llava_nb.fast.zero import free_port
 
 HANG = 4          # seconds
@@ -66,7 +70,7 @@ def test_a_stopped_rank_ends_both_with_the_stacks_of_both(world):
     rank_processes(file)[1].send_signal(signal.SIGSTOP)
     code, said = ended(process, file)
     assert code == 8, said[-3000:]
-    assert "rank 0: no sign of life for" in line_of(said, "no sign of life") and "the same command goes on" in said
+    assert "rank 0: no sign of life for" in line_of(said, "no sign of life") and "the same command begins again" in said
     stacks = [(Path(settings["output_dir"]) / f"stacks-rank{r}.txt").read_text() for r in (0, 1)]
     assert all("train.py" in s and "watch.py" in s for s in stacks)
 
@@ -107,7 +111,7 @@ def test_kill_9_of_the_command_that_was_typed_ends_all_ranks_and_their_workers(w
     took = gone_within(file, 30)
     said, _ = process.communicate(timeout=TIMEOUT)
     lines = [line for line in said.splitlines() if "its launcher is gone" in line]
-    assert lines and "the same command goes on from the beginning: no checkpoint is sealed yet" in lines[0], said[-3000:]
+    assert lines and "the same command begins again: there is no checkpoint yet" in lines[0], said[-3000:]
     record_property("reached", f"kill -9 of the {how} command with two ranks: nothing left after {took:.1f} s")
 
 
@@ -167,6 +171,40 @@ def test_a_wish_that_no_launcher_can_meet_is_refused_in_one_line(argv, capsys):
 def test_a_flag_that_nobody_knows_is_refused_by_the_launcher_too(world, capfd):
     assert train.main(["launch", "--ranks", "0", "--restart", "3", str(config(world, "typo")[0])]) == 2
     assert "restart" in capfd.readouterr().err
+
+
+def data_failed(cause: Exception) -> DataFailed:
+    """As the feed raises it."""
+    error = DataFailed(str(cause))
+    error.__cause__ = cause
+    return error
+
+
+ALL_WORDS = "CUDA out of memory; DataLoader worker (pid 5) is killed; gloo: Connection closed by peer; cannot be decoded"
+
+
+@pytest.mark.parametrize("error, workers, code", [
+    (data_failed(ValueError(ALL_WORDS)), [], 6), (data_failed(ConnectionResetError(ALL_WORDS)), [], 6), (data_failed(MemoryError()), [], 9),
+    (ValueError(ALL_WORDS), [], None), (OSError(ALL_WORDS), [], None), (KeyError(ALL_WORDS), [-9], None),
+    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed."), [], None), (RuntimeError("anything"), [None, -9], 6), (RuntimeError("anything"), [None, 0], None),
+    (torch.OutOfMemoryError("x"), [], 9), (torch.distributed.DistBackendError("x"), [], 8), (RuntimeError("[gloo/pair.cc] Connection closed by peer"), [], 8),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), [], 9)])
+def test_an_error_is_known_by_its_kind_and_not_by_its_words(error, workers, code):
+    """Where it arose, its type, and whether a worker has died; words decide for the bare errors of two libraries alone."""
+    assert exit_code_of(error, [SimpleNamespace(exitcode=c) for c in workers]) == code
+
+
+def test_an_undecodable_image_keeps_its_kind_through_a_worker(tmp_path):
+    """As torch's DataLoader hands errors on: a new error of the same type."""
+    from torch._utils import ExceptionWrapper
+    def handed_on(error: Exception) -> Exception:
+        try: raise error
+        except Exception: wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+        try: wrapped.reraise()
+        except Exception as e: return e
+    dog = SimpleNamespace(workers=[], feed=None)
+    assert "doctor CONFIG.json --deep" in _data_line(dog, handed_on(UndecodableImage("record 3: a.png: cannot be decoded")))
+    assert "doctor" not in _data_line(dog, handed_on(ValueError("record 3: a.png: cannot be decoded")))
 
 
 def workers_of(process: subprocess.Popen) -> list[psutil.Process]:
@@ -320,7 +358,7 @@ def test_a_killed_run_is_started_again_and_ends_as_if_nothing_had_been(world):
     process = launched(file, 0, 2)
     psutil.Process(process.pid).children()[0].kill()
     code, said = ended(process, file)
-    assert code == 0 and line_of(said, "exit code 137; restart 1 of 2") and "going on from" in said, said[-3000:]
+    assert code == 0 and line_of(said, "exit code 137; restart 1 of 2") and "resuming from" in said, said[-3000:]
     assert losses(world / "again") == launch(quiet, 0) and farthest(weights(world / "again"), weights(world / "quiet")) == 0
 
 

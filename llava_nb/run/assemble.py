@@ -18,6 +18,7 @@ import llava_nb.base.trust as trust
 import llava_nb.checkpoint as checkpoint
 import llava_nb.fast.attention as attention
 import llava_nb.fast.cross_entropy as cross_entropy
+import llava_nb.fast.engine as engine
 import llava_nb.fast.zero as zero
 import llava_nb.llava as llava
 import llava_nb.masking as masking
@@ -27,7 +28,6 @@ import llava_nb.safe.integrity as integrity
 import llava_nb.safe.storage as storage
 import llava_nb.store.features as features
 import llava_nb.store.dataset as stored
-import llava_nb.fast.engine as engine
 import llava_nb.vision as vision
 from ..base.terminal import say
 from ..safe.reliable_trainer import ReliableTrainingArguments
@@ -43,7 +43,8 @@ def start_folder(
     if m.model and not m.special_tokens: return m.model
     folder, recipe = Path(output_dir) / "start", json.dumps({**dataclasses.asdict(m), "projector": None, "seed": seed})
     made_from = folder / "made_from.json"
-    if zero.rank() == 0 and (integrity.fault(folder) or made_from.read_text() != recipe):      # half written, damaged, or of other parts
+    # half written, damaged, or of other parts
+    if zero.rank() == 0 and (integrity.fault(folder) or made_from.read_text() != recipe):
         storage.clear(folder)
         assemble(m, folder, seed)
         made_from.write_text(recipe)
@@ -51,6 +52,7 @@ def start_folder(
     zero.wait()
     return str(folder)
 
+# %% ../../nbs/run/07_assemble.ipynb #19a9c320
 def assemble(
     m: config.ModelConfig, # with `language_model` and `vision_tower`, or with `model` and `special_tokens`
     folder: str | Path,
@@ -98,7 +100,7 @@ def load_model(
     model.config.llava_nb |= known
     return model
 
-def _choose_kernels(run: config.Run, args: ReliableTrainingArguments, model: transformers.LlavaForConditionalGeneration) -> None:
+def _choose_kernels(run: config.Run, args: ReliableTrainingArguments, model: torch.nn.Module) -> None:
     _, autocast = checks.precision(args)
     used, refused = attention.use_attention(model, run.model.attention, args.device, autocast, zero.from_all_ranks)
     cross_entropy.use_loss_kernel(model, run.model.loss_kernel, args.device, autocast)
@@ -117,7 +119,8 @@ def use_features(
     found, (weights, autocast) = trust.load(transformers.AutoConfig, start), checks.precision(args)
     layer = found.vision_feature_layer
     if not isinstance(layer, int):
-        raise ValueError(f"feature_cache keeps one hidden state of an image, and {start} uses the layers {layer}; leave it out")
+        raise ValueError(f"feature_cache keeps one hidden state of an image, and {start} uses the layers {layer}; "
+                         "leave it out")
     with engine.unpartitioned():
         extractor = features.Extractor(llava.load_tower(start).to(weights), layer, args.device, autocast)
     for d in datasets:

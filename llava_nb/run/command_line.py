@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import llava_nb.run.chat_command as chat_command
 import llava_nb.run.config as config
-from ..base.terminal import one_line, printable, say, shown, take_over
+from ..base.terminal import one_line, say, shown, take_over
 from ..safe.exits import EXIT_CODES, REFUSED, STOPPED, exit_now, exit_process, record_exit_code
 
 # %% ../../nbs/run/01_command_line.ipynb #e6996bfe
@@ -46,25 +46,32 @@ class _Parser(argparse.ArgumentParser):
 
 def whole_number(text: str) -> int:
     "0, 1, 2, ..."
-    if not (text.isascii() and text.isdigit()): raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number of 0 or more")
-    return int(text)
+    if text.isascii() and text.isdigit(): return int(text)
+    raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number of 0 or more")
 
 def seconds(text: str) -> float:
     "A time of 0 or more."
     try: found = float(text)
     except ValueError: found = math.nan
-    if not 0 <= found < math.inf: raise argparse.ArgumentTypeError(f"{shown(text)} is no number of seconds of 0 or more")
-    return found
+    if 0 <= found < math.inf: return found
+    raise argparse.ArgumentTypeError(f"{shown(text)} is no number of seconds of 0 or more")
 
+# %% ../../nbs/run/01_command_line.ipynb #3fd00e3b
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", metavar="CONFIG.json", help="a flat object of settings; flags of the same names override it")
-    known = parser.add_argument_group("settings (besides every field of transformers' TrainingArguments, and the flags of LLaVA's own scripts)")
-    for name, help in settings_help().items(): known.add_argument(f"--{name}", metavar="VALUE", help=help.replace("%", "%%"))
+    parser.add_argument("config", nargs="?", metavar="CONFIG.json",
+                        help="a flat object of settings; flags of the same names override it")
+    known = parser.add_argument_group("settings (besides every field of transformers' TrainingArguments, "
+                                      "and the flags of LLaVA's own scripts)")
+    for name, help in settings_help().items():
+        known.add_argument(f"--{name}", metavar="VALUE", help=help.replace("%", "%%"))
 
 def _launch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=whole_number, metavar="N", help="processes; 0: one without DeepSpeed's launcher (default: as many as GPUs)")
-    parser.add_argument("--restarts", type=whole_number, default=0, metavar="N", help="restarts, at most, after exit codes 6, 8, 75 and 137 (default: 0)")
-    parser.add_argument("--pause", type=seconds, default=10, metavar="SECONDS", help="before the first restart; twice as long before each further one (default: 10)")
+    parser.add_argument("--ranks", type=whole_number, metavar="N",
+                        help="processes; 0: one without DeepSpeed's launcher (default: as many as GPUs)")
+    parser.add_argument("--restarts", type=whole_number, default=0, metavar="N",
+                        help="restarts, at most, after exit codes 6, 8, 75 and 137 (default: 0)")
+    parser.add_argument("--pause", type=seconds, default=10, metavar="SECONDS",
+                        help="before the first restart; twice as long before each further one (default: 10)")
 
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="the output folder of a run, or a result")
@@ -90,23 +97,30 @@ def _options_then_words(parser: argparse.ArgumentParser, words: list[str]) -> di
 class Command:
     "One subcommand of `llava_nb`."
     does: str                                                 # for the list
-    function: str                                             # "module:function", imported when it runs; returns an exit code
+    function: str                                             # "module:function", imported when the command runs
     arguments: Callable[[argparse.ArgumentParser], None]      # adds them to a parser
     read: Read = _parsed                                      # words to the function's arguments
     usage: str | None = None
 
+# %% ../../nbs/run/01_command_line.ipynb #0df7409a
 COMMANDS = {
-    "train": Command("train one stage of LLaVA; the word may be left out", "llava_nb.train:run", _train, _words,
+    "train": Command("train one stage of LLaVA; the word may be left out",
+                     "llava_nb.train:run", _train, _words,
                      "llava_nb [train] [CONFIG.json] [--setting value ...]"),
-    "doctor": Command("check every record and image, train nothing; exit code 2 if a run would stop", "llava_nb.run.examine:doctor",
-                      _train, _words, "llava_nb doctor [CONFIG.json] [--deep] [--setting value ...]"),
-    "launch": Command("train, and restart after exit codes 6, 8, 75 and 137", "llava_nb.safe.launch:launch", _launch,
-                      _options_then_words, "llava_nb launch [--ranks N] [--restarts N] [--pause SECONDS] CONFIG.json [--setting value ...]"),
+    "doctor": Command("check every record and image, train nothing; exit code 2 if a run would stop",
+                      "llava_nb.run.examine:doctor", _train, _words,
+                      "llava_nb doctor [CONFIG.json] [--deep] [--setting value ...]"),
+    "launch": Command("train, and restart after exit codes 6, 8, 75 and 137",
+                      "llava_nb.safe.launch:launch", _launch, _options_then_words,
+                      "llava_nb launch [--ranks N] [--restarts N] [--pause SECONDS] CONFIG.json [--setting value ...]"),
     "verify": Command("check a run's folder: which checkpoints are complete, can be resumed, or were changed",
                       "llava_nb.run.examine:verify", _verify),
-    "convert": Command("convert weights in a pickle (.bin, .pt, .pth) to safetensors", "llava_nb.safe.convert:convert", _convert),
-    "chat": Command("ask a trained model about an image", "llava_nb.run.chat_command:main", chat_command.add_arguments, _words),
-    "completion": Command("print a completion script for a shell", "llava_nb.run.command_line:completion", _completion),
+    "convert": Command("convert weights in a pickle (.bin, .pt, .pth) to safetensors",
+                       "llava_nb.safe.convert:convert", _convert),
+    "chat": Command("ask a trained model about an image",
+                    "llava_nb.run.chat_command:main", chat_command.add_arguments, _words),
+    "completion": Command("print a completion script for a shell",
+                          "llava_nb.run.command_line:completion", _completion),
 }
 
 def command_parser(
@@ -114,7 +128,8 @@ def command_parser(
 ) -> argparse.ArgumentParser:
     "The parser of one command."
     command = COMMANDS[name]
-    parser = _Parser(prog=f"llava_nb {name}", description=command.does.capitalize() + ".", usage=command.usage, allow_abbrev=False)
+    does = f"{command.does.capitalize()}."
+    parser = _Parser(prog=f"llava_nb {name}", description=does, usage=command.usage, allow_abbrev=False)
     command.arguments(parser)
     return parser
 
@@ -122,7 +137,7 @@ def command_parser(
 HELP = {"-h", "--help"}
 
 USAGE = """usage: llava_nb COMMAND ...
-       llava_nb COMMAND --help                          the arguments of one command; `llava_nb train --help` lists all settings
+       llava_nb COMMAND --help            the arguments of one command; `llava_nb train --help` lists all settings
 
 Train LLaVA, check its data, and talk to the result.
 
@@ -142,6 +157,8 @@ def help_text() -> str:
                         codes="\n".join(f"  {code:>2}  {meaning}" for code, meaning in EXIT_CODES.items()))
 
 # %% ../../nbs/run/01_command_line.ipynb #c7ebd2ec
+_FILES = ("config", "run_dir", "source", "target", "model", "image")      # arguments that name a file or folder
+
 def completion(
     shell: str, # "bash", "zsh" or "tcsh"
 ) -> int: # exit code
@@ -153,7 +170,7 @@ def completion(
         parser = below.add_parser(name, help=command.does)
         command.arguments(parser)
         for action in parser._actions:
-            if action.dest in ("config", "run_dir", "source", "target", "model", "image") or action.dest.endswith(("_path", "_folder")): action.complete = shtab.FILE
+            if action.dest in _FILES or action.dest.endswith(("_path", "_folder")): action.complete = shtab.FILE
     say(shtab.complete(whole, shell))
     return 0
 

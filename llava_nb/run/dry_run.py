@@ -50,8 +50,8 @@ def size_of_data(
     "Counted, estimated or published."
     paths, dataset = run.data.data_path, c.sets.get("data_path")
     if dataset is not None:
-        images = len(set(dataset.pictures.tolist()) - {-1})
-        return DataSize(len(dataset), float(dataset.lengths.mean()), "all of them checked and counted", dataset.has_image.tolist(), images)
+        images, source = len(set(dataset.pictures.tolist()) - {-1}), "all of them checked and counted"
+        return DataSize(len(dataset), float(dataset.lengths.mean()), source, dataset.has_image.tolist(), images)
     if paths and all("://" in path or Path(path).exists() for path in paths): return _estimated(run, c)
     return DataSize(*PUBLISHED[run.stage], "the published number of records, at an estimated length")
 
@@ -78,6 +78,7 @@ def steps_of_epoch(
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     return sampler.Plan(mode, [1] * n, has_image, None, micro, zero.world_size(), accumulation).steps
 
+# %% ../../nbs/run/22_dry_run.ipynb #75c1d29d
 def _model_lines(run: config.Run, args: ReliableTrainingArguments, c: checks.Checked) -> list[str]:
     m, lines = run.model, []
     lines.append(f"stage {run.stage}: {m.model or m.language_model} + {m.vision_tower or 'its tower'}, "
@@ -94,7 +95,8 @@ def _schedule_lines(run: config.Run, args: ReliableTrainingArguments, c: checks.
     data, world = size_of_data(run, c), zero.world_size()
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     batch, n = world * micro * accumulation, data.records
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(steps_of_epoch(args, n, data.has_image) * args.num_train_epochs)
+    epoch = steps_of_epoch(args, n, data.has_image)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(epoch * args.num_train_epochs)
     warm, rate = checks.learning_rates(args, steps)
     at = ", ".join(f"step {s}: {rate(s):.2e}" for s in sorted({0, warm, steps // 2, steps}))
     cache = [_cache_line(c, data, steps * batch / n, run.stage)] if data.images else []
@@ -103,6 +105,7 @@ def _schedule_lines(run: config.Run, args: ReliableTrainingArguments, c: checks.
             f"{data.tokens * min(batch, n):,.0f} tokens a step",
             *cache, f"  schedule        warm-up {warm} steps; {at}"]
 
+# %% ../../nbs/run/22_dry_run.ipynb #63fc5e05
 def _cache_line(c: checks.Checked, data: DataSize, epochs: float, stage: int) -> str:
     config, n = c.shape.config, data.records
     work = meter.Work(Counter({round(data.tokens): n}), 0, sum(data.has_image))
@@ -119,7 +122,8 @@ def dry_run(
     args, wrong = settings.make_arguments(run, alone=True)
     c = checks.go(checks.Checked(run, args, found=wrong))
     for note in run.notes: say(f"note: {printable(note)}")
-    for line in [*(line for lines in run.absent.values() for line in lines), *c.unknown.values()]: say(f"not checked: {printable(line)}")
+    absent = [line for lines in run.absent.values() for line in lines]
+    for line in [*absent, *c.unknown.values()]: say(f"not checked: {printable(line)}")
     checks.tell(c)
     for line in _model_lines(run, args, c) + _schedule_lines(run, args, c): say(line)
     return 0

@@ -27,10 +27,11 @@ def write_start(
     output_dir: str | Path,
     dataset: ValidatedDataset,
 ) -> None:
-    "Write the settings and the quarantined records to the output folder; print the size of the data."
+    "Write the settings and the bad records to the output folder; print the size of the data."
     out, settings = Path(output_dir), {k: v for k, v in run.settings.items() if k != "resume"}
     with storage.open_new(out / "config_resolved.json") as f: json.dump(masked(settings), f, indent=2)
-    say(f"{len(dataset):,} records, {int(dataset.lengths.sum()):,} tokens, {int(dataset.supervised.sum()):,} learned")
+    say(f"{len(dataset):,} records, {int(dataset.lengths.sum()):,} tokens, "
+        f"{int(dataset.supervised.sum()):,} target tokens")
     if dataset.quarantined:
         dataset.write_quarantine(out / "quarantine.jsonl")
         say(f"{len(dataset.quarantined):,} bad records left out, listed in {out / 'quarantine.jsonl'}")
@@ -51,8 +52,9 @@ def eval_line(
 ) -> str:
     "One evaluation for a reader."
     return (f"evaluation after step {state.global_step}: loss {found['eval_loss']:.4f}, "
-            f"the mean of {found['eval_tokens']:,} learned tokens")
+            f"the mean of {found['eval_tokens']:,} target tokens")
 
+# %% ../../nbs/run/21_messages.ipynb #e37dba58
 class LossLine(ProgressCallback):
     "Progress bar and a readable line, on the first rank."
     def write(self, line: str) -> None:
@@ -88,15 +90,19 @@ def summary(
 ) -> str:
     "The last lines of a run: steps, speed, loss, and the folder of the result."
     args, state = trainer.args, trainer.state
-    if not trainer.begun: return f"nothing was left to do: all {state.global_step} steps had been done before\nresult: {args.output_dir}"
+    if not trainer.begun:
+        return f"nothing was left to do: all {state.global_step} steps had been done before\nresult: {args.output_dir}"
     found, work = trainer.reading(trainer.begun), trainer.plan_sampler.work(trainer.begun[1], state.global_step)
-    used = ", ".join(f"{share:.1%} of the {name.removeprefix('mfu_')} rate" for name, share in found.items() if name.startswith("mfu_"))
+    shares = {name.removeprefix("mfu_"): share for name, share in found.items() if name.startswith("mfu_")}
+    used = ", ".join(f"{share:.1%} of the {name} rate" for name, share in shares.items())
     loss = next((h["loss"] for h in reversed(state.log_history) if "loss" in h), float("nan"))
-    after = f"next:   stage 2 with --projector {args.output_dir}" if args.stage == 1 else f"chat:   llava_nb chat {args.output_dir} --image PICTURE"
+    chat = f"chat:   llava_nb chat {args.output_dir} --image IMAGE"
+    after = f"next:   stage 2 with --projector {args.output_dir}" if args.stage == 1 else chat
     return "\n".join([
-        f"done: {state.global_step} steps, {work.samples:,} samples in {seconds / 60:.1f} min, {found['samples_per_second']:,.1f} a second",
-        f"speed: {found['tokens_per_second']:,.0f} real and {found['supervised_per_second']:,.0f} learned tokens/s, 0 % padding, "
-        f"{found['data_wait']:.1%} of the time waiting for data",
+        f"done: {state.global_step} steps, {work.samples:,} samples in {seconds / 60:.1f} min, "
+        f"{found['samples_per_second']:,.1f} a second",
+        f"speed: {found['tokens_per_second']:,.0f} real and {found['supervised_per_second']:,.0f} target tokens/s, "
+        f"0 % padding, {found['data_wait']:.1%} of the time waiting for data",
         f"used: {used} (strict model FLOPs), peak memory {found['peak_memory_gb']:.1f} GB a rank",
         f"final loss {loss:.4f}", f"result: {args.output_dir}", after])
 
@@ -120,15 +126,17 @@ def _not_finite(t: ReliableTrainer) -> str:
     named = printable(", ".join(ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
     return (f"step {step}: the gradient is not finite (rank {', '.join(map(str, ranks))}; records {named}); "
             f"no weight was changed by this step, all rows are in {file}; look at them, or lower the learning rate, "
-            "and go on with the same command")
+            "and resume with the same command")
 
 def _unsaved(t: ReliableTrainer, error: storage.StorageFailed) -> str:
     line = f"step {t.state.global_step} of {t.state.max_steps}: {one_line(error)}"
     if isinstance(error, storage.FolderLost): return line
-    resumes = f"the same command goes on from checkpoint-{t.sealed}" if t.sealed else "there is no checkpoint yet, the same command begins again"
+    resumes = f"the same command resumes from checkpoint-{t.sealed}"
+    if not t.sealed: resumes = "there is no checkpoint yet, the same command begins again"
     return f"{line}; {resumes}, once {t.args.output_dir} takes what has to be written"
 
 def stopped_line(trainer: ReliableTrainer) -> str:
     "A run that a signal has stopped."
     step, by = trainer.state.global_step, trainer.guard.noted or "a signal to another rank"
-    return f"stopped after step {step} of {trainer.state.max_steps} by {by}; the same command goes on from checkpoint-{step}"
+    resumes = f"the same command resumes from checkpoint-{step}"
+    return f"stopped after step {step} of {trainer.state.max_steps} by {by}; {resumes}"

@@ -39,6 +39,7 @@ AT_LEAST = {
         "warmup_steps", "dataloader_num_workers", "hang_timeout", "look_seconds", "eval_delay", "seed", "data_seed"),
 }
 
+# %% ../../nbs/run/20_rules.ipynb #8a178f8b
 def _word(value) -> str: return str(getattr(value, "value", value))     # of transformers' enumerations
 
 def _unknown_choices(values: dict) -> list[str]:
@@ -52,8 +53,10 @@ def _unknown_choices(values: dict) -> list[str]:
 
 def _outside_limits(values: dict) -> list[str]:
     given = [(name, least) for least, names in AT_LEAST.items() for name in names if values[name] is not None]
-    found = [f"{name} {values[name]:g} must be at least {least}" for name, least in given if not least <= values[name] < math.inf]
-    return found + [f"{name} {values[name]:g} must be below 1" for name in ("adam_beta1", "adam_beta2") if values[name] >= 1]
+    low = [(name, least) for name, least in given if not least <= values[name] < math.inf]
+    high = [name for name in ("adam_beta1", "adam_beta2") if values[name] >= 1]
+    return ([f"{name} {values[name]:g} must be at least {least}" for name, least in low]
+            + [f"{name} {values[name]:g} must be below 1" for name in high])
 
 def _lengths(args: argparse.Namespace) -> list[str]:
     "How long the run is."
@@ -80,10 +83,12 @@ def _contradictions(run: config.Run, args: argparse.Namespace) -> list[str]:
         (evaluates != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` "
          "('steps' or 'epoch': when) go together; one is missing"),
         (args.eval_on_start and not evaluates, "`eval_on_start` needs `eval_data_path` and `eval_strategy`"),
-        (bool(args.output_dir) and Path(args.output_dir).is_file(), f"output_dir {args.output_dir} is a file; name a folder"),
+        (bool(args.output_dir) and Path(args.output_dir).is_file(),
+         f"output_dir {args.output_dir} is a file; name a folder"),
         (args.zero is not None and bool(args.deepspeed),
          "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage"),
-        (args.offload and not args.zero, "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded"),
+        (args.offload and not args.zero,
+         "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded"),
         (args.bf16 and args.fp16, "bf16 and fp16 exclude each other"),
         (args.use_cpu and torch.cuda.is_available(), "use_cpu: this machine has a GPU, and some parts would use it; "
          "set CUDA_VISIBLE_DEVICES= (empty) to hide it"),
@@ -119,7 +124,8 @@ def _check_deepspeed(args: argparse.Namespace) -> None:
                          "or train on one rank without them")
     if not path: return
     if not Path(path).is_file():
-        raise FileNotFoundError(f"deepspeed: {path} does not exist; --zero 2 and --zero 3 are the published scripts' settings")
+        raise FileNotFoundError(f"deepspeed: {path} does not exist; --zero 2 and --zero 3 are the settings of the "
+                                "published scripts")
     wrong = Problems()
     for line in zero.check_deepspeed_config(_read_deepspeed(path), path, vars(args), zero.world_size()):
         wrong.add(ValueError(line))
@@ -138,10 +144,11 @@ def check_training(
 ) -> None:
     "Raise all that is wrong with the values, together."
     values, wrong = vars(args) | vars(run.model) | vars(run.data) | vars(run.run), Problems()
-    lines = [*_unknown_choices(values), *_outside_limits(values), *_intervals(values), *_lengths(args), *_contradictions(run, args)]
-    for line in lines: wrong.add(ValueError(line))
+    single = [*_unknown_choices(values), *_outside_limits(values), *_intervals(values), *_lengths(args)]
+    for line in single + _contradictions(run, args): wrong.add(ValueError(line))
     rate = args.learning_rate if args.learning_rate > 0 else 1.0
-    for check in (lambda: stored.stopping([], run.data.bad_records), lambda: stored.check_budget(0, 0, run.data.max_bad),
+    for check in (lambda: stored.stopping([], run.data.bad_records),
+                  lambda: stored.check_budget(0, 0, run.data.max_bad),
                   lambda: _check_template(run.data.template), lambda: _check_deepspeed(args),
                   lambda: optim.factors(args.lr_scheduler_type, 1, 10, args.lr_scheduler_kwargs, rate)):
         with wrong.noted(): check()

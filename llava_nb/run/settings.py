@@ -39,6 +39,7 @@ def _words(settings: dict) -> list[str]:
         else: words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
 
+# %% ../../nbs/run/05_settings.ipynb #a761050b
 def _check_each(settings: dict, problems: Problems) -> dict: # those of a known name and with a value of its type
     "Check each setting by itself."
     classes, kept = [*config.CONFIGS, ReliableTrainingArguments], {}
@@ -48,7 +49,9 @@ def _check_each(settings: dict, problems: Problems) -> dict: # those of a known 
     for name in filter(known.__contains__, settings):
         with problems.noted():
             _, extra = parser.parse_known_args(_words({name: settings[name]}))
-            if extra: raise ValueError(f"a setting that takes one value was given a list: {name} {' '.join(extra)} is too much")
+            if extra:
+                raise ValueError("a setting that takes one value was given a list: "
+                                 f"{name} {' '.join(extra)} is too much")
             kept[name] = settings[name]
     return kept
 
@@ -85,7 +88,8 @@ def _run_of(settings: dict, notes: list[str]) -> config.Run:
     ours = {name: settings[name] for name in config.field_names(*config.CONFIGS) if name in settings}
     run = config.Run(*_typed(list(config.CONFIGS), ours), settings, notes)
     _take_whole_model(run)
-    run.model.special_tokens = [name for word in run.model.special_tokens or [] for name in word.split(",") if name] or None
+    tokens = [name for word in run.model.special_tokens or [] for name in word.split(",") if name]
+    run.model.special_tokens = tokens or None
     return run
 
 def _take_whole_model(run: config.Run) -> None:

@@ -68,7 +68,9 @@ def _aspect(value: Any) -> dict:
     raise ValueError("only 'square' and 'pad' are known: an image is not cut into tiles (anyres)")
 
 # %% ../../nbs/run/03_translate.ipynb #94b1b4ed
-CONVERSATIONS = {"pretrain": "plain", "llama": "v1", "phi": "v1", "gemma": "v1", "qwen2_base": "v1", "qwen2_instruct": "v1"}
+CONVERSATIONS = {"pretrain": "plain", "llama": "v1", "phi": "v1", "gemma": "v1", "qwen2_base": "v1",
+                 "qwen2_instruct": "v1"}
+_FEATURES = {"patch": "default", "cls_patch": "full"}
 _TRAINED_WHOLE = "all weights of the language model are trained, or none; use full (stage 2) or frozen (stage 1)"
 
 TRANSLATED = {      # flag of others: what its value means in our settings
@@ -76,7 +78,7 @@ TRANSLATED = {      # flag of others: what its value means in our settings
     "pretrain_mm_mlp_adapter": lambda v: {"projector": _projector_folder(v)},
     "tune_mm_mlp_adapter": lambda v: {"stage": 1} if parse_bool(v) else {},
     "group_by_modality_length": lambda v: {"sampler": "modality" if parse_bool(v) else "random"},
-    "mm_vision_select_feature": lambda v: {"vision_feature_select_strategy": {"patch": "default", "cls_patch": "full"}[v]},
+    "mm_vision_select_feature": lambda v: {"vision_feature_select_strategy": _FEATURES[v]},
     "image_aspect_ratio": _aspect,
     # LLaVA-NeXT
     "group_by_modality_length_auto": lambda v: {"sampler": "modality"} if parse_bool(v) else {},
@@ -252,12 +254,14 @@ def _check_stage(settings: dict, stage: str, wrong: Problems) -> None:
         wrong.add(ValueError("--unfreeze_language_model True is not supported in stage 1, which trains the projector "
                              "alone; leave it out"))
 
-PUBLISHED_DEEPSPEED = {"zero2.json": {"zero": 2}, "zero3.json": {"zero": 3}, "zero3_offload.json": {"zero": 3, "offload": True}}
+PUBLISHED_DEEPSPEED = {"zero2.json": {"zero": 2}, "zero3.json": {"zero": 3},
+                       "zero3_offload.json": {"zero": 3, "offload": True}}
 
 def _deepspeed(value: Any) -> dict:
     "A file that exists is read; the published scripts name files of LLaVA's own repository."
     if not isinstance(value, str | None):
-        raise ValueError("deepspeed is the path of a DeepSpeed JSON, not its content; or use `zero` (2 or 3) and `offload`")
+        raise ValueError("deepspeed is the path of a DeepSpeed JSON, not its content; or use `zero` (2 or 3) "
+                         "and `offload`")
     path = Path(str(value))
     return {"deepspeed": value} if path.is_file() else PUBLISHED_DEEPSPEED.get(path.name, {"deepspeed": value})
 

@@ -59,6 +59,7 @@ def kill_children() -> None:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess): process.kill()
 
+# %% ../../nbs/safe/01_exits.ipynb #5f5af96b
 def exit_now(
     code: int, # exit code
     rank: int = 0,

@@ -18,11 +18,13 @@ def row_of(
     step: int, # of the run
     row: int, # of this rank
 ) -> dict: # `step`, `rank`, `row`, `tokens`, `pictures`, `records`
-    "One row of the plan, described."
+    "Describe one row of the plan."
     sampler, data = trainer.plan_sampler, trainer.train_dataset
     rows = sampler.step(step % sampler.plan.steps)
     records = [i for i, _ in rows[min(row, len(rows) - 1)]]
-    return {"step": step + 1, "rank": trainer.args.process_index, "row": row, "tokens": int(data.lengths[records].sum()), "pictures": len(set(data.pictures[records].tolist()) - {-1}), "records": [record_id(data.records[i]) for i in records]}
+    return {"step": step + 1, "rank": trainer.args.process_index, "row": row, "tokens": int(data.lengths[records].sum()),
+            "pictures": len(set(data.pictures[records].tolist()) - {-1}),
+            "records": [record_id(data.records[i]) for i in records]}
 
 # %% ../../nbs/safe/12_preflight.ipynb #41bce11f
 def heaviest(

@@ -35,7 +35,8 @@ def describe_machine(
     "Host, device, free memory and disk, versions."
     above = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
     cuda = torch.cuda.is_available()
-    versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda), **{name: installed(name) for name in VERSIONS}}
+    versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    versions |= {name: installed(name) for name in VERSIONS}
     return {"host": platform.node(), "device": torch.cuda.get_device_name() if cuda else "cpu",
             "memory": torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available,
             "disk": shutil.disk_usage(above).free, "versions": versions}
@@ -47,8 +48,8 @@ def summarise_machines(
     names, hosts, versions = [f["device"] for f in found], len({f["host"] for f in found}), found[0]["versions"]
     devices = ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names)))
     memory, disk = (min(f[what] for f in found) / 1e9 for what in ("memory", "disk"))
-    return (f"ranks: {devices} on {hosts} machine{'s' if hosts > 1 else ''}, {memory:.1f} GB of memory and {disk:.1f} GB of disk "
-            f"free at least, torch {versions['torch']}, transformers {versions['transformers']}")
+    return (f"ranks: {devices} on {hosts} machine{'s' if hosts > 1 else ''}, {memory:.1f} GB of memory and "
+            f"{disk:.1f} GB of disk free at least, torch {versions['torch']}, transformers {versions['transformers']}")
 
 # %% ../../nbs/safe/13_ranks.ipynb #5f819bf4
 def fingerprint(
@@ -59,7 +60,8 @@ def fingerprint(
     def short(arrays) -> str:
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:12]
     return {"records": short([data.lengths, data.supervised, data.word_lengths, data.pictures]),
-            "text of the records": data.records.digest(), "order of the records": short(plan.global_batch(k) for k in range(plan.steps))}
+            "text of the records": data.records.digest(),
+            "order of the records": short(plan.global_batch(k) for k in range(plan.steps))}
 
 def assert_same(
     found: list[dict], # of every rank
