@@ -140,7 +140,7 @@ def build_llava(
 # %% ../nbs/06_llava.ipynb #dcd62cd3
 @contextlib.contextmanager
 def _projector_as(model: LlavaForConditionalGeneration, dtype: torch.dtype) -> Iterator[None]:
-    "A copy of the projector in the tower's dtype: CLIP is saved in float32, Vicuna in float16, and training casts both."
+    "The projector in the tower's dtype: CLIP is saved in float32, Vicuna in float16, and training casts both."
     inner, projector = model.model, model.model.multi_modal_projector
     inner.multi_modal_projector = copy.deepcopy(projector).to(dtype)
     try: yield
@@ -156,8 +156,8 @@ def check_features(
         found = model.get_image_features(blank).pooler_output[0]
     wanted = [config.image_seq_length, config.text_config.hidden_size]
     if list(found.shape) != wanted:
-        raise ValueError(f"tower and projector make {list(found.shape)} of an image, the language model expects {wanted}; "
-                         "use a tower of a supported family")
+        raise ValueError(f"tower and projector make {list(found.shape)} of an image, "
+                         f"the language model expects {wanted}; use a tower of a supported family")
     if not found.isfinite().all():
         raise ValueError("tower and projector make image features that are not finite (NaN or infinity): "
                          "the tower's weights are damaged; download them again")
@@ -409,7 +409,8 @@ def check_llava(
     except ValueError as e: raise ValueError(f"{source}: {e}") from None
     if counts != {config.image_seq_length}:
         raise ValueError(f"{source}: its configuration says image_seq_length {config.image_seq_length}, "
-                         f"its tower gives {', '.join(map(str, sorted(counts)))} features of an image; correct config.json")
+                         f"its tower gives {', '.join(map(str, sorted(counts)))} features of an image; "
+                         "correct config.json")
 
 def load_llava(
     path: str | Path, # llava-hf folder or hub id

@@ -31,7 +31,7 @@ def _changed(config: PreTrainedConfig, narrow: bool) -> dict: # settings of a sm
     kinds = getattr(config, "layer_types", None) or [0] * layers
     kept = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, layers))))
     found = {name: [v[k] for k in kept] for name, v in values.items() if isinstance(v, list) and len(v) == layers}
-    found |= {"num_hidden_layers": len(kept), "vocab_size": 64, "dtype": torch.float32}      # half precision only rounds
+    found |= {"num_hidden_layers": len(kept), "vocab_size": 64, "dtype": torch.float32}      # not rounded to 8 bits
     found |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     found |= {name: 5 for name in WINDOWS if isinstance(v := getattr(config, name, None), int) and v > 5}
     found |= {name: 64 for name, v in values.items() if name.endswith("intermediate_size") and isinstance(v, int)}
