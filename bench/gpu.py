@@ -24,7 +24,7 @@ under 2 % of the decoder's operations. This is the kit's model, rows and loss wi
 Trainer, DeepSpeed and tokenizer: `bench/h200.sh` has train.py's own meter beside it.
 
 Each takes the fewest micro-steps with which no row or batch is larger than --max-tokens, padding included. `--rows
-step` chooses them for every step by itself; `--rows run` takes the largest number for all steps, as train.py does.
+step` chooses them for every step by itself, as train.py does; `--rows run` takes the largest number for all steps.
 Blocks of steps take turns on one model, the second round in reverse order; each has its share of --minutes; a block
 first does its largest and its first step untimed.
 
@@ -34,7 +34,6 @@ lacks as wheels: `python bench/wheels.py` elsewhere.
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 import time
@@ -63,7 +62,7 @@ from llava_nb.fast.meter import Meter, device_rates, row_cost, work_of
 from llava_nb.fast.recompute import RECOMPUTE, set_recompute
 from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
-from llava_nb.packing import Dealer, collate_packed, collate_padded, micro_steps_for
+from llava_nb.packing import Dealer, collate_packed, collate_padded, rows_of_step
 from llava_nb.sampler import Plan, mix665k_sample
 from llava_nb.fast.zero import bytes_per_rank
 
@@ -246,7 +245,7 @@ class Steps(Dataset):
 
     def micro_steps(self) -> int:  # of every step, so that the largest fits
         if self.packed:
-            return micro_steps_for(self.mixture.plan, self.dealer, self.max_tokens)
+            return max(len(self.cut(self.mixture.plan.global_batch(k))) for k in range(self.mixture.plan.steps))
         return next(
             n for n in EVEN if all(self.mixture.fits(k, n, self.max_tokens) for k in range(self.mixture.plan.steps))
         )
@@ -255,11 +254,11 @@ class Steps(Dataset):
         if not self.packed:
             return padded_batches(self.mixture, k, self.max_tokens, self.fixed or 1)
         batch = self.mixture.plan.global_batch(k)
-        return [
-            batch[row]
-            for row in dealt(self.mixture.lengths[batch], partial(self.dealer, batch), self.max_tokens, self.fixed or 1)
-            if len(row)
-        ]
+        return [batch[row] for row in self.cut(batch, self.fixed or 1) if len(row)]
+
+    def cut(self, batch: np.ndarray, least: int = 1) -> list[np.ndarray]:
+        "A step's packed rows as the Trainer cuts them on one rank."
+        return rows_of_step(batch, self.mixture.lengths, self.dealer, 1, least, self.max_tokens)
 
     def positions(self, k: int) -> int:
         sizes = [self.mixture.lengths[row] for row in self.rows(k)]
@@ -268,16 +267,6 @@ class Steps(Dataset):
     def __getitem__(self, k: int) -> list[dict]:
         weight = 1 / self.mixture.work(k).supervised
         return [self.collate([self.mixture.record(i, weight) for i in row]) for row in self.rows(k)]
-
-
-def dealt(lengths: np.ndarray, deal, max_tokens: int, rows: int) -> list[np.ndarray]:
-    "One step's positions in the fewest rows, `rows` at least, of which none is longer than `max_tokens`."
-    rows = max(rows, math.ceil(lengths.sum() / max_tokens))
-    while max(int(lengths[row].sum()) for row in deal(rows)) > max_tokens:
-        if rows >= len(lengths):
-            raise ValueError(f"--max-tokens {max_tokens}: a record alone has {lengths.max()} tokens")
-        rows += 1
-    return deal(rows)
 
 
 def padded_batches(mixture: Mixture, k: int, max_tokens: int, least: int = 1) -> list[np.ndarray]:

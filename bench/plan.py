@@ -2,6 +2,7 @@
 
     python bench/plan.py                  print the table
     python bench/plan.py --records 10000000   the same lengths, drawn again until there are so many
+    python bench/plan.py --rows 1         packed rows a step that max_tokens asks for, step by step and one number for all
     python bench/plan.py --sample PATH    draw the 8,192 lengths that ship in llava_nb/data/mix665k_sample.npz
 
 The numbers of records per source are the published ones. No length histogram is published, so the
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from llava_nb.fast.meter import RowCost
-from llava_nb.packing import deal
+from llava_nb.packing import Dealer, deal, rows_of_step
 from llava_nb.sampler import Plan, cut, waste
 
 COST = RowCost(attention=2.0e-5, image=9)     # LLaVA-1.5-7B, see nbs/fast/05_meter.ipynb
@@ -119,6 +120,29 @@ def dealt(plan: Plan, d: dict[str, np.ndarray], steps: int, ranks: int = 8) -> t
     return 1 - done / waited, statistics.median(seconds)
 
 
+def rows_by_step(plan: Plan, d: dict[str, np.ndarray], max_tokens: int, every: int = 1) -> tuple[float, float, int, float]:
+    "Packed rows of a rank in a step and their mean tokens, chosen step by step; then the same number for all steps."
+    dealer, steps = Dealer(COST.of(d["tokens"], d["image"])), range(0, plan.steps, every)
+    counts, tokens = [], 0
+    for k in steps:
+        step = plan.global_batch(k)
+        counts.append(len(rows_of_step(step, d["tokens"], dealer, plan.world_size, 1, max_tokens)) // plan.world_size)
+        tokens += int(d["tokens"][step].sum())
+    per_rank = tokens / plan.world_size
+    return sum(counts) / len(counts), per_rank / sum(counts), max(counts), per_rank / (max(counts) * len(counts))
+
+
+def print_rows(d: dict[str, np.ndarray], every: int) -> None:
+    "The table of `--rows`."
+    print(f"{len(d['tokens']):,} records, 128 a step, every {every}th step; packed rows of a rank in a step, and their mean tokens")
+    print(f"{'ranks':>5}{'max_tokens':>12}{'step by step':>22}{'one number for all':>24}{'forward passes':>16}")
+    for ranks in (1, 8):
+        plan = Plan("modality", d["tokens"], d["image"], batch_size=16, world_size=ranks, accumulation=8 // ranks)
+        for limit in (4096, 8192, 16384):
+            rows, length, most, before = rows_by_step(plan, d, limit, every)
+            print(f"{ranks:>5}{limit:>12,}{rows:>10.2f} of {length:>8,.0f}{most:>12} of {before:>8,.0f}{most / rows:>14.2f} x")
+
+
 def cpu_name() -> str:
     "The processor's name where the system tells it."
     try:
@@ -132,11 +156,13 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--sample", metavar="PATH", help="write the small sample to PATH and stop")
     p.add_argument("--records", type=int, default=665_298); p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--rows", type=int, metavar="EVERY", help="packed rows that max_tokens asks for, over every EVERYth step, and stop")
     args = p.parse_args()
     if args.sample: return write_sample(args.sample)
     torch.set_num_threads(1)
     d = draw()
     d = {k: np.resize(v, args.records) for k, v in d.items()}
+    if args.rows: return print_rows(d, args.rows)
     signed = np.where(d["image"], d["words"], -d["words"])
     print(f"{len(signed):,} records, {d['tokens'].sum() / 1e6:.0f}M tokens, 8 ranks x 16, one thread, median of {args.repeats}")
     print(f"{cpu_name()}, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}\n")

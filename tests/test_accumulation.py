@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 from runs import config, make_world, run, weights
-from transformers import Trainer
-
-from llava_nb.safe.reliable_trainer import ReliableTrainer
 
 HALF = {"bf16": True, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "projector_lr": 1.0, "weight_decay": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 1, "gradient_accumulation_steps": 32, "save_strategy": "steps", "save_steps": 1}
@@ -51,12 +48,6 @@ def test_gradient_norms_are_the_same_for_any_cut_of_a_step(world, zero):
     assert len(found[1]) == 3 and all(norm > .1 for _, norm in found[1])
     for size in (2, 4):
         for ours, other in zip(found[1], found[size]): assert ours == pytest.approx(other, rel=1e-4)
-
-
-def test_the_trainer_says_by_its_loss_function_that_nothing_is_left_to_divide():
-    """`loss_is_scaled_for_ga` came with transformers 5.19; every version that is taken asks for the function."""
-    own = ReliableTrainer.__mro__[:ReliableTrainer.__mro__.index(Trainer)]
-    assert not any("loss_is_scaled_for_ga" in vars(cls) for cls in own)
 
 
 @pytest.mark.slow

@@ -7,10 +7,10 @@ from llava_nb.llava import llava_config, meta_llava, shape_of, tiny_llava
 from llava_nb.masking import tiny_tokenizer
 from llava_nb.fast.meter import RowCost, row_cost
 from llava_nb.objective import token_weights
-from llava_nb.packing import Dealer, deal, micro_steps_for
+from llava_nb.packing import Dealer, check_max_tokens, deal, rows_of_step
 from llava_nb.sampler import Plan, mix665k_sample
 from llava_nb.run.checks import architecture
-from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, plan_sampler
+from llava_nb.trainer import LlavaTrainingArguments, PlanSampler, plan_sampler, several_rows
 from llava_nb.vision import vision_config
 
 SAMPLE, COST = mix665k_sample(), RowCost(attention=2e-5, image=9)
@@ -40,7 +40,8 @@ def test_records_of_one_picture_lie_in_one_row_unless_that_row_would_make_the_ot
 
 def test_a_picture_that_every_record_shows_does_not_defeat_max_tokens():
     plan = Plan("random", np.full(64, 100), batch_size=16, world_size=2)
-    assert micro_steps_for(plan, Dealer(np.full(64, 110.), np.zeros(64, int), image=10), 400) == 4
+    dealer = Dealer(np.full(64, 110.), np.zeros(64, int), image=10)
+    assert len(rows_of_step(plan.global_batch(0), plan.lengths, dealer, ranks=2, max_tokens=400)) == 2 * 4
 
 
 @pytest.mark.parametrize("micro_steps", [1, 2])
@@ -58,7 +59,7 @@ def test_a_dealt_step_has_the_records_and_weights_of_the_reference(world, micro_
     "In the short steps at the end too, where a row without a record gets one of weight 0."
     supervised = SAMPLE["supervised"][:200]
     plan = Plan("modality", SAMPLE["tokens"][:200], SAMPLE["image"][:200], batch_size=4, world_size=world, accumulation=2)
-    samplers = [PlanSampler(plan, supervised, rank=r, dealer=Dealer(COST.of(plan.lengths)), micro_steps=micro_steps) for r in range(world)]
+    samplers = [PlanSampler(plan, supervised, rank=r, dealer=Dealer(COST.of(plan.lengths)), rows=micro_steps) for r in range(world)]
     for k in range(plan.steps):
         chunks = plan.micro_batches(k)
         expected = {int(i): w for c, ws in zip(chunks, token_weights("reference", [supervised[c].tolist() for c in chunks])) for i, w in zip(c, ws)}
@@ -66,16 +67,44 @@ def test_a_dealt_step_has_the_records_and_weights_of_the_reference(world, micro_
         assert all(len(s) == micro_steps and all(s) for s in steps)
         found = [(i, w) for s in steps for row in s for i, w in row if w]
         assert dict(found) == pytest.approx({i: w for i, w in expected.items() if w}) and len(found) == len(dict(found))
-    assert {len(list(s)) for s in samplers} == {plan.steps * micro_steps} == {len(s) for s in samplers}
+    assert {len(list(s)) for s in samplers} == {plan.steps} == {len(s) for s in samplers}
 
 
-def test_max_tokens_chooses_the_fewest_micro_steps_that_fit_every_step():
+def test_max_tokens_chooses_the_fewest_rows_of_each_step():
+    """One fewer for each rank would not fit; ranks have as many; steps differ."""
     plan, costs = Plan("modality", SAMPLE["tokens"], SAMPLE["image"], batch_size=16, world_size=2, seed=3), COST.of(SAMPLE["tokens"])
-    longest = lambda n: max(int(plan.lengths[plan.global_batch(k)[row]].sum()) for k in range(plan.steps) for row in deal(costs[plan.global_batch(k)], 2 * n))
-    found = micro_steps_for(plan, Dealer(costs), 6000)
-    assert longest(found) <= 6000 < longest(found - 1)
-    worst = int(plan.lengths.argmax())
-    with pytest.raises(ValueError, match=f"max_tokens 100: record {worst} alone has {plan.lengths[worst]} tokens"): micro_steps_for(plan, Dealer(costs), 100)
+    dealer, lengths, counts = Dealer(costs), SAMPLE["tokens"], set()
+    for k in range(plan.steps):
+        step = plan.global_batch(k)
+        longest = lambda rows: max(int(lengths[step[row]].sum()) for row in rows)
+        rows = rows_of_step(step, lengths, dealer, ranks=2, max_tokens=6000)
+        assert len(rows) % 2 == 0 and sorted(np.concatenate(rows)) == list(range(len(step)))
+        assert longest(rows) <= 6000 and (len(rows) == 2 or longest(dealer(step, len(rows) - 2)) > 6000)
+        counts.add(len(rows) // 2)
+    assert len(counts) > 1
+
+
+def test_a_record_that_is_longer_than_a_row_is_named_at_once():
+    lengths, worst = SAMPLE["tokens"], int(SAMPLE["tokens"].argmax())
+    plan = Plan("modality", lengths, SAMPLE["image"], batch_size=16)
+    message = f"max_tokens 100: record {worst} alone has {lengths[worst]} tokens; raise max_tokens to at least that, or lower model_max_length"
+    for refuse in (lambda: check_max_tokens(lengths, 100), lambda: PlanSampler(plan, SAMPLE["supervised"], max_tokens=100)):
+        with pytest.raises(ValueError, match=message): refuse()
+    with pytest.raises(ValueError, match="max_tokens 100: record .* alone has"): rows_of_step(plan.global_batch(0), lengths, Dealer(COST.of(lengths)), max_tokens=100)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_all_ranks_have_as_many_rows_in_a_step_and_share_its_records(world):
+    plan = Plan("modality", SAMPLE["tokens"][:300], SAMPLE["image"][:300], batch_size=8, world_size=world, accumulation=2)
+    samplers = [PlanSampler(plan, SAMPLE["supervised"][:300], rank=r, dealer=Dealer(COST.of(plan.lengths)), max_tokens=4096) for r in range(world)]
+    counts = []
+    for steps in zip(*samplers):
+        assert len({len(rows) for rows in steps}) == 1 and all(row for rows in steps for row in rows)
+        assert max(int(plan.lengths[[i for i, _ in row]].sum()) for rows in steps for row in rows) <= 4096
+        counts.append(len(steps[0]))
+        held = [i for rows in steps for row in rows for i, w in row if w]
+        assert len(held) == len(set(held)) and set(held) <= set(plan.global_batch(len(counts) - 1).tolist())
+    assert len(set(counts)) > 1
 
 
 def test_max_tokens_leaves_the_steps_alone(tmp_path):
@@ -84,9 +113,10 @@ def test_max_tokens_leaves_the_steps_alone(tmp_path):
         pictures = np.where(has_image, np.arange(320) // 2, -1)
     args = lambda **more: LlavaTrainingArguments(output_dir=tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=2, report_to="none", **more)
     as_counted, by_tokens = (plan_sampler(a, Data(), COST) for a in (args(), args(max_tokens=4096)))
-    assert by_tokens.micro_steps > 2 == as_counted.micro_steps and by_tokens.plan.steps == as_counted.plan.steps
+    assert len(by_tokens.step(1)) > 2 == len(as_counted.step(1)) and by_tokens.plan.steps == as_counted.plan.steps == len(by_tokens)
     step = lambda sampler: {i: w for row in sampler.step(1) for i, w in row}
     assert step(by_tokens) == step(as_counted)
+    assert several_rows(by_tokens, 3) and not several_rows(plan_sampler(args(max_tokens=60_000), Data(), COST), 3)
 
 
 def test_the_cost_of_a_7b_model():

@@ -43,8 +43,8 @@ def test_every_record_is_evaluated_once_and_ranks_have_as_many_rows():
         for size in (1, 3, 8):
             for ranks in (1, 2, 3):
                 rows = [list(HeldOut(records, size, rank, ranks)) for rank in range(ranks)]
-                assert sorted(i for part in rows for row in part for i, w in row if w) == list(range(records))
-                assert {len(part) for part in rows} == {len(HeldOut(records, size, 0, ranks))} and all(row for part in rows for row in part)
+                assert sorted(i for part in rows for row, in part for i, w in row if w) == list(range(records))
+                assert {len(part) for part in rows} == {len(HeldOut(records, size, 0, ranks))} and all(row for part in rows for row, in part)
 
 
 def test_the_loss_is_the_same_for_any_batch_size_and_number_of_ranks(world, capsys):

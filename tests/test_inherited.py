@@ -19,6 +19,7 @@ from llava_nb.safe.inherited import ACTS, AS_IT_IS, REFUSED, refused
 from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
 from llava_nb.dataset import LlavaDataset
+from llava_nb.safe import reliable_trainer
 from llava_nb.safe.reliable_trainer import OWN, ReliableTrainer as LlavaTrainer, ReliableTrainingArguments as LlavaTrainingArguments
 from llava_nb.trainer import loading
 
@@ -147,7 +148,7 @@ def test_a_field_that_is_taken_acts(name, made, ran, tmp_path):
 
 def test_memory_is_given_back_every_so_many_steps(ran, monkeypatch):
     calls = []
-    monkeypatch.setattr(transformers.trainer, "clear_device_cache", lambda *a, **k: calls.append(1))
+    monkeypatch.setattr(reliable_trainer, "clear_device_cache", lambda *a, **k: calls.append(1))
     ran(torch_empty_cache_steps=2)
     assert len(calls) == 2
 

@@ -166,7 +166,7 @@ def test_every_deal_of_a_global_batch_gives_the_same_loss_and_gradients(collate,
             0.0,
         )
         for rank in range(world):
-            for row in PlanSampler(plan, data.supervised, rank=rank, micro_steps=micro_steps).step(0):
+            for row in PlanSampler(plan, data.supervised, rank=rank, rows=micro_steps).step(0):
                 samples = [data[i] | {"weight": w} for i, w in row]
                 loss = loss_of_batch(
                     model,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['is_partitioned', 'full_shape', 'full_size', 'gathered', 'unpartitioned', 'copy_partitions', 'Piece', 'pieces',
-           'torch_optimizer', 'zero_optimizer', 'guard_step', 'backward_without_step', 'skipped_steps', 'set_steps',
-           'loss_scale', 'set_loss_scale']
+           'torch_optimizer', 'zero_optimizer', 'guard_step', 'backward_without_step', 'accumulating', 'skipped_steps',
+           'set_steps', 'loss_scale', 'set_loss_scale']
 
 # %% ../../nbs/fast/06_engine.ipynb #8c4a204a
 import contextlib
@@ -184,6 +184,18 @@ def _forget_gradients(engine) -> None:
         optimizer.all_grad_tensors.clear()
     optimizer.zero_grad()
     engine.zero_grad()
+
+# %% ../../nbs/fast/06_engine.ipynb #d3157162
+@contextlib.contextmanager
+def accumulating(
+    accelerator, # accelerate's, with or without DeepSpeed
+    model: nn.Module, # as accelerate has prepared it
+    last: bool, # of the step's forward and backward passes on this rank
+) -> Iterator[None]:
+    "Forward and backward inside add to the step's gradients; the last pass completes them."
+    accelerator.sync_gradients = last
+    engine = getattr(accelerator.state, "deepspeed_plugin", None) is not None
+    with contextlib.nullcontext() if last or engine else accelerator.no_sync(model): yield
 
 # %% ../../nbs/fast/06_engine.ipynb #98c1d0b4
 def skipped_steps(

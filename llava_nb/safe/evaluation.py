@@ -9,6 +9,7 @@ __all__ = ['HeldOut', 'evaluation', 'best_checkpoint']
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from transformers import TrainerState
 from ..fast.zero import from_all_ranks
 from .integrity import fault
 from .storage import NoCheckpoint
-from ..trainer import LlavaTrainer, WeightedDataset, loading
+from ..trainer import LlavaTrainer, WeightedDataset, collate_rows, loading
 
 # %% ../../nbs/safe/20_evaluation.ipynb #5415093f
 class HeldOut(Sampler):
@@ -33,10 +34,10 @@ class HeldOut(Sampler):
 
     def __len__(self) -> int: return math.ceil(math.ceil(self.records / self.size) / self.ranks)
 
-    def __iter__(self) -> Iterator[list[tuple[int, float]]]:
+    def __iter__(self) -> Iterator[list[list[tuple[int, float]]]]: # as a PlanSampler's: items of rows, here of one
         for k in range(len(self)):
             first = (k * self.ranks + self.rank) * self.size
-            yield [(i, 1.0) for i in range(first, min(first + self.size, self.records))] or [(0, 0.0)]
+            yield [[(i, 1.0) for i in range(first, min(first + self.size, self.records))] or [(0, 0.0)]]
 
 # %% ../../nbs/safe/20_evaluation.ipynb #3f3bfdc4
 def evaluation(
@@ -56,12 +57,12 @@ def _summed_losses(trainer: LlavaTrainer, data: Dataset) -> float: # over this r
     args, model, total = trainer.args, trainer.model_wrapped, 0.0
     rows = HeldOut(len(data), args.per_device_eval_batch_size, args.process_index, args.world_size)
     how = {**loading(args), "persistent_workers": False}
-    loader = DataLoader(WeightedDataset(data), batch_sampler=rows, collate_fn=trainer.data_collator, **how)
+    collate = partial(collate_rows, trainer.data_collator)
+    loader = DataLoader(WeightedDataset(data), batch_sampler=rows, collate_fn=collate, **how)
     trainer.callback_handler.eval_dataloader = loader
     model.eval()
-    for row in loader:
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            total += float(trainer.compute_loss(model, trainer._prepare_inputs(row)))
+    for row, in loader:
+        with torch.no_grad(): total += float(trainer.compute_loss(model, trainer.on_device(row)))
         trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
     return total
 
