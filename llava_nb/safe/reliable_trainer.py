@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase, TrainingArguments
 
@@ -71,11 +72,13 @@ class ReliableTrainer(LlavaTrainer):
         hold: Hold | None = None, # of the first rank, on the output folder
     ):
         recipe = made_with(args, train_dataset)
-        self.writer = CheckpointWriter(args.output_dir, recipe, args.save_total_limit, args.load_best_model_at_end, args.should_save, hold)
+        self.writer = CheckpointWriter(args.output_dir, recipe, args.save_total_limit, args.load_best_model_at_end,
+                                       args.should_save, hold)
         self.watch = watch or TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size)
         self.guard, self.row_losses = Guard(), (0, [])
-        args.save_total_limit = None       # the Trainer would remove the last sound one before the next is sealed
-        super().__init__(model, args, train_dataset, tokenizer, image_processor, eval_dataset, [*(callbacks or []), self.guard, self.watch])
+        super().__init__(model, args, train_dataset, tokenizer, image_processor, eval_dataset,
+                         [*(callbacks or []), self.guard, self.watch])
+        _leave_checkpoints_to_us(self.args)
         check_optimizer(self.get_optimizer_cls_and_kwargs(args, model)[0], args.optim.value)
         self.step_log = StepLog(self._meter(), self.plan_sampler)
         self.add_callback(self.step_log)
@@ -99,11 +102,15 @@ class ReliableTrainer(LlavaTrainer):
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         with self.step_log.waiting(): return super().get_batch_samples(self.watch.watched(epoch_iterator, self), *args, **kwargs)
 
+    def floating_point_ops(self, inputs: list[dict]) -> int: return sum(map(super().floating_point_ops, inputs))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None: super().log(self.step_log.added(logs, self.state), start_time)
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs)
         if self.model.training:
+            every = self.args.torch_empty_cache_steps
+            if every and self.state.global_step % every == 0: clear_device_cache()
             step, row = self.state.global_step, loss.detach() / self.args.world_size
             self.row_losses = step, [*(self.row_losses[1] if self.row_losses[0] == step else []), row]
         return (loss, {}) if return_outputs else loss
@@ -126,8 +133,6 @@ class ReliableTrainer(LlavaTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
-    def _load_best_model(self) -> None: pass        # `export` does, by the published names of the weights
-
     # saving
 
     @property
@@ -140,18 +145,13 @@ class ReliableTrainer(LlavaTrainer):
         return Training(self.model, self.optimizer, self.lr_scheduler, engine, getattr(self.accelerator, "scaler", None))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        "The same; if the disk refuses it, it has failed on all ranks."
+        "The same, and in a checkpoint the training state. If the disk refuses it, it has failed on all ranks."
         with together(): super().save_model(output_dir, _internal_call)
+        if _internal_call: save_state(output_dir, self.training, self.state.global_step, self.args.process_index, from_all_ranks, together)
 
     def write(self, folder: str, state: dict | None, written=None) -> None: super().write(folder, state, _save_point)
 
     def _save_checkpoint(self, model, trial): self.writer.write(self.state, lambda: super(ReliableTrainer, self)._save_checkpoint(model, trial))
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        save_state(output_dir, self.training, self.state.global_step, self.args.process_index, from_all_ranks, together)
-
-    def _save_scaler(self, output_dir: str) -> None: pass       # these two are in it
-    def _save_rng_state(self, output_dir: str) -> None: pass
 
     def export(self) -> None:
         "Write the result; it is in its place when it was read back. Every rank must call."
@@ -180,6 +180,10 @@ class ReliableTrainer(LlavaTrainer):
             if resume_from_checkpoint is None or self.begun: raise
             raise NoCheckpoint(f"{resume_from_checkpoint}: went away while it was read ({printable(e, 300)}); see who removes it, and start again") from None
 
+    def _run_epoch(self, **kwargs):
+        if self.state.global_step < self.state.max_steps: super()._run_epoch(**kwargs)
+        else: self.control.should_training_stop = True       # a finished run, resumed: transformers would make one more step
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None: load_random(checkpoint, self.args.seed, self.args.process_index, self.args.world_size)
 
@@ -192,6 +196,10 @@ class ReliableTrainer(LlavaTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         restore_weights(self.model, resume_from_checkpoint)
+
+def _leave_checkpoints_to_us(args: TrainingArguments) -> None:
+    "transformers would write pickles, load the best weights by names they do not have, and rotate sound checkpoints away too early."
+    args.save_only_model, args.load_best_model_at_end, args.save_total_limit = True, False, None
 
 def _save_point(part: str) -> None:
     if part == "weights": fail_point("save.weights")
