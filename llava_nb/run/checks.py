@@ -11,7 +11,6 @@ __all__ = ['SHIPPED', 'CHECKS', 'Checked', 'architecture', 'dry_model', 'check_p
 # %% ../../nbs/run/04_checks.ipynb #1d21b265
 import argparse
 import contextlib
-import copy
 import importlib.resources
 import json
 import math
@@ -410,9 +409,7 @@ def learning_rates(
 def check_plan(c: Checked) -> None:
     "Packed rows stay below `max_tokens`, and the disk has room for the checkpoints."
     if c.shape is None or c.args is None or "data_path" not in c.sets: return
-    args = copy.copy(c.args)
-    args.deepspeed = None         # which a plan would tell of its accumulation
-    plan = trainer.plan_sampler(args, c.sets["data_path"], meter.row_cost(llava.shape_of(c.shape))).plan
+    plan = trainer.plan_sampler(c.args, c.sets["data_path"], meter.row_cost(llava.shape_of(c.shape))).plan
     recipe = provenance.made_with(c.args, c.sets["data_path"])
     if zero.rank() != 0 or not c.writable: return
     model = c.shape.to(precision(c.args)[0])

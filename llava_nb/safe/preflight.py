@@ -34,8 +34,8 @@ def heaviest(
     sampler, data = trainer.plan_sampler, trainer.train_dataset
     found = (-1, -1, 0, [])
     for k in range(sampler.plan.steps):
-        records = np.concatenate(sampler.plan.micro_batches(k))
-        for row in sampler.dealer(records, sampler.plan.world_size * sampler.micro_steps):
+        records = sampler.plan.global_batch(k)
+        for row in sampler.cut(records):
             weight = int(data.lengths[records[row]].sum()), len(np.unique(data.pictures[records[row]][data.pictures[records[row]] >= 0]))
             if weight > found[:2]: found = (*weight, k, records[row].tolist())
     tokens, pictures, step, records = found
@@ -51,7 +51,7 @@ def preflight(
     model, samples = trainer.model_wrapped, trainer.train_dataset.__getitems__([i for i, _ in row])
     model.train()
     with torch.random.fork_rng():
-        loss = trainer.compute_loss(model, trainer._prepare_inputs(trainer.data_collator([s | {"weight": w} for s, (_, w) in zip(samples, row)])))
+        loss = trainer.compute_loss(model, trainer.on_device(trainer.data_collator([s | {"weight": w} for s, (_, w) in zip(samples, row)])))
         if trainer.is_deepspeed_enabled: backward_without_step(model, loss)
         else:
             trainer.accelerator.backward(loss)

@@ -30,13 +30,13 @@ class Feed:
     def __init__(self,
         source: Iterator, # of batches
         sampler, # a PlanSampler, see 13_trainer
-        step: int, # of the epoch, with whose first row the source begins
+        step: int, # of the epoch, with which the source begins
         workers: int = 0, # processes that read
         prefetch: int = 2, # batches that each has in hand
         beat: Callable[[str], None] = lambda phase: None, # told "data" and "step", see `Heart`
     ):
         self.source, self.sampler, self.workers, self.beat = source, sampler, workers, beat
-        self.first, self.given = step * sampler.micro_steps, 0
+        self.first, self.given = step, 0
         self.ahead, self.early = max(1, workers * prefetch), inspect.isgenerator(source)       # accelerate's, on a resume, holds one back
 
     def __next__(self):
@@ -49,18 +49,17 @@ class Feed:
 
     @property
     def waited_for(self) -> int: # counted from the first
-        "The row that comes next."
+        "The step that comes next."
         return self.given + (self.early and self.given > 0)
 
     def under_way(self,
-        worker: int | None = None, # of this one; None: the next row
+        worker: int | None = None, # of this one; None: the next step
     ) -> list[int]: # records
         "Records that were asked for and have not come."
         last = len(self.sampler)
-        rows = range(self.first + self.waited_for, min(self.first + self.waited_for + self.ahead, last))
-        rows = rows[:1] if worker is None else [o for o in rows if (o - self.first) % self.workers == worker]
-        micro = self.sampler.micro_steps
-        return [i for o in rows for i, _ in self.sampler.step(o // micro)[o % micro]]
+        steps = range(self.first + self.waited_for, min(self.first + self.waited_for + self.ahead, last))
+        steps = steps[:1] if worker is None else [k for k in steps if (k - self.first) % self.workers == worker]
+        return [i for k in steps for row in self.sampler.step(k) for i, _ in row]
 
 # %% ../../nbs/safe/10_training_watch.ipynb #7c835f6c
 class TrainingWatchdog(Watchdog, TrainerCallback):
@@ -131,8 +130,8 @@ def record_ids(
     return f"records {', '.join(found[:8])}{more}" if found else "no record"
 
 def _waits_for(dog: TrainingWatchdog) -> str:
-    "The rows that a rank waits for, and the worker that should bring them."
-    if dog.feed is None: return "for the first row"
+    "The step that a rank waits for, and the worker that should bring it."
+    if dog.feed is None: return "for the first step"
     k = dog.feed.waited_for % dog.feed.workers if dog.feed.workers else None
     who = f"worker {k} (pid {dog.workers[k].pid})" if k is not None and k < len(dog.workers) else "this process"
     records = record_ids(dog.trainer, dog.feed.under_way())
