@@ -12,7 +12,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava_nb import train
 from llava_nb.run import checks
-from llava_nb.run import config
+from llava_nb.run import translate
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.safe.inherited import ACTS, AS_IT_IS, REFUSED, refused
@@ -180,7 +180,7 @@ def test_tf32_is_switched(tmp_path):
 
 def test_every_field_is_on_one_list():
     assert set(ACT) | ELSEWHERE == ACTS and not ACTS & set(REFUSED)
-    assert set(FIELDS) <= ACTS | set(REFUSED) | set(config.MEANINGLESS) | set(OWN)
+    assert set(FIELDS) <= ACTS | set(REFUSED) | set(translate.MEANINGLESS) | set(OWN)
 
 
 OTHERS = {"greater_is_better": True, "metric_for_best_model": "accuracy", "hub_strategy": "end", "prediction_loss_only": "maybe", "include_for_metrics": ["inputs"],
