@@ -34,7 +34,7 @@ from ..store.record_checks import validate_record
 from ..store.records import Records, with_findings, with_pictures
 from ..store.validate import Gate, Problem
 
-# %% ../../nbs/safe/08_doctor.ipynb #4850a935
+# %% ../../nbs/safe/08_doctor.ipynb #975da981
 _TEXTS = [
     ("<image>\nWhat is on the table?", "A red bus, 2 cups."),
     ("Is it </s> or USER: here?", "It says ASSISTANT: yes."),
@@ -56,6 +56,7 @@ def self_test(
     wrong = [*_wrong_sizes(gate, rows, positions), *_wrong_masks(gate)]
     if wrong: raise ValueError("; and ".join(dict.fromkeys(wrong)))
 
+# %% ../../nbs/safe/08_doctor.ipynb #bb326a6f
 def _wrong_sizes(gate: Gate, rows: int | None, positions: int | None) -> Iterator[str]:
     encoder, longest = gate.encoder, gate.encoder.max_length
     if longest < encoder.image_seq_len + 64:
@@ -80,7 +81,7 @@ def _wrong_masks(gate: Gate) -> Iterator[str]:
         would = f"would learn {shown(found)} where the answers are {shown(answers)}"
         yield f"template {shown(template.name)} with this tokenizer {would}; choose another template"
 
-# %% ../../nbs/safe/08_doctor.ipynb #935d70f2
+# %% ../../nbs/safe/08_doctor.ipynb #fb11163c
 def look(
     source: Folder, # or shards
     image: str, # an image that is there
@@ -90,14 +91,15 @@ def look(
     try:
         with open_image(source.open(image)) as opened: odd = oddities(opened, image)
         if deep:
-            with open_image(source.open(image)) as opened: opened.load()       # anew: looking for a second frame moves on
+            with open_image(source.open(image)) as opened: opened.load()       # again: `oddities` has read on
         return None, odd
     except OSError as e:
         what = f"{shown(image)} cannot be read ({printable(e.strerror or e, 200)})"
         return BadRecord("missing", what, "give access to it, or leave the record out", "image"), []
     except Exception as e:
         kind = e.kind if isinstance(e, Refused) else "unreadable"
-        return BadRecord(kind, f"{shown(image)}: {printable(e, 400)}", "replace it, or leave the record out", "image"), []
+        what = f"{shown(image)}: {printable(e, 400)}"
+        return BadRecord(kind, what, "replace it, or leave the record out", "image"), []
 
 # %% ../../nbs/safe/08_doctor.ipynb #77229d31
 LISTED = 10_000       # notes of a kind that are kept; all are counted
@@ -255,13 +257,14 @@ def _html(value: object) -> str:
     "A text of somebody else on the page: passwords masked, markup escaped."
     return escape(masked(str(value)))
 
-# %% ../../nbs/safe/08_doctor.ipynb #b0c105a8
+# %% ../../nbs/safe/08_doctor.ipynb #0cc9eb72
 WHOLE = 3       # problems of a kind that are shown with image and text
 _STYLE = """body{font:15px system-ui;max-width:75em;margin:2em auto;padding:0 1em;overflow-wrap:anywhere}
 table{border-collapse:collapse}td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top;min-width:5em}
 tr+tr{border-top:1px solid #eee}h2{font-size:1.1em;margin-top:2em}pre{white-space:pre-wrap}
 .card{display:grid;grid-template-columns:170px minmax(0,1fr);gap:1em;margin:1em 0;padding:.6em;border:1px solid #ccc}
 @media(max-width:700px){.card{grid-template-columns:minmax(0,1fr)}td,th{padding-right:.4em;font-size:13px}}"""
+_COLUMNS = ["file", "record", "id", "source", "what and what to do"]
 _HEAD = ("<!doctype html><meta charset=utf-8><meta name=viewport content=width=device-width><title>findings</title>"
          f"<style>{_STYLE}</style>")
 
@@ -274,16 +277,18 @@ def page(
     "All findings by kind, with images and masks."
     card = lambda p: _card(p, found, gate, rows)
     counts = [(name, c["good"], c["bad"]) for name, c in found.sources.items()]
-    parts = [f"<h1>{len(found.problems):,} findings in {found.total:,} records</h1>", _table(["source", "good", "bad"], counts)]
+    title = f"<h1>{len(found.problems):,} findings in {found.total:,} records</h1>"
+    parts = [title, _table(["source", "good", "bad"], counts)]
     for kind, problems in by_kind(found.problems).items():
         listed = [(Path(p.file).name, p.index, p.id, p.source, p.message) for p in problems[:each]]
-        parts += [f"<h2>{kind}: {len(problems):,}</h2>", _table(["file", "record", "id", "source", "what and what to do"], listed)]
+        parts += [f"<h2>{kind}: {len(problems):,}</h2>", _table(_COLUMNS, listed)]
         if len(problems) > each: parts.append(f"<p>and {len(problems) - each:,} more, in findings.jsonl")
         parts += map(card, problems[:WHOLE])
     for what, n in found.counts.most_common():
         parts += [f"<h2>noted: {n:,} x {_html(what)}</h2>", *map(card, found.notes[what][:1])]
     return "".join([_HEAD, *parts, "<h2>what a run learns</h2>", *map(card, found.samples[:12])])
 
+# %% ../../nbs/safe/08_doctor.ipynb #d68e5465
 def _card(p: Problem, found: Findings, gate: Gate, rows: dict[tuple[str, int], str]) -> str:
     "One record in full."
     record = _record(rows[p.file, p.index]) if (p.file, p.index) in rows else None

@@ -161,7 +161,7 @@ def _join(written: list[Path], folder: Path, names: list[str]) -> tuple[int, int
     make_durable(folder)
     return good, bad
 
-# %% ../../nbs/store/07_conversion.ipynb #21427cbb
+# %% ../../nbs/store/07_conversion.ipynb #2b6c615f
 MISSING = "there is none"
 
 def damage(
@@ -172,7 +172,8 @@ def damage(
         done = json.loads((folder / "done.json").read_text())
         if [str(f) for f in done["files"]] != done["files"]: return "done.json: files"
         for name in MADE:
-            if done["sums"][name] != content_hash(folder / name, folder.parent): return f"{name} is not what was written"
+            found = content_hash(folder / name, folder.parent)
+            if done["sums"][name] != found: return f"{name} is not what was written"
         open_records(folder)
         return ""
     except FileNotFoundError as e:
@@ -187,14 +188,14 @@ def _key(found: Sequence[Path], gate: Gate, cache: Path) -> str:
         total.update(f"{file.resolve()} {content_hash(file, cache)}".encode("utf-8", "surrogateescape"))
     return f"{found[0].stem:.40}-{total.hexdigest()[:16]}"
 
-# %% ../../nbs/store/07_conversion.ipynb #1b5423ce
+# %% ../../nbs/store/07_conversion.ipynb #5d583695
 def validate_files(
     path: str | Path | Sequence[str | Path], # see `data_files`; of several, each record's source is its file
     gate: Gate,
     cache: str | Path | None = None, # where conversions are; None: `cache_folder`
     workers: int | None = None, # processes; None: one per core
 ) -> Records:
-    "Validate the records of files, or use the conversion that is there. One process of a machine converts, the others wait."
+    "Validate the records of files, or use the conversion that is there; one process of a machine makes it."
     found, cache = data_files(path), Path(cache or cache_folder())
     if not isinstance(path, str | Path) and len(path) > 1: gate = replace(gate, names=tuple(file_names(found)))
     folder = cache / _key(found, gate, cache)

@@ -162,7 +162,7 @@ def _utf8(raw: msgspec.Raw) -> str | None: # None: not UTF-8, or too long
     except UnicodeDecodeError: return None
     return text if len(text) <= LONGEST else None
 
-# %% ../../nbs/store/01_files.ipynb #cac66057
+# %% ../../nbs/store/01_files.ipynb #b020e21b
 _WINDOW = 1 << 12           # bytes of a value that are decoded first
 _DECODE = json.JSONDecoder().raw_decode
 
@@ -184,10 +184,10 @@ class _TolerantReader:
             self.peek()
             yield self.value()
             mark = self.peek()
-            if mark not in (b"]", b","): self.fail("Expecting ',' delimiter", self.at)
+            if mark not in (b"]", b","): self._fail("Expecting ',' delimiter", self.at)
             self.at += mark == b","
         self.at += 1
-        if self.peek(): self.fail("Extra data", self.at)
+        if self.peek(): self._fail("Extra data", self.at)
 
     def peek(self) -> bytes: # b"" at the end of the file
         "The next byte that is not white space."
@@ -201,7 +201,7 @@ class _TolerantReader:
             text, last = self._text(size), self.at + size >= len(self.data)
             end = self._end(text, last)
             size = 4 * size + 64
-        if end > LONGEST: self.fail(f"a record has more than {LONGEST:,} characters", self.at)
+        if end > LONGEST: self._fail(f"a record has more than {LONGEST:,} characters", self.at)
         self.at += len(text[:end].encode())
         return text[:end]
 
@@ -219,25 +219,15 @@ class _TolerantReader:
         except json.JSONDecodeError as e:
             open_end = e.msg.startswith("Unterminated string") or e.pos > len(text) - 16
             if open_end and len(text) > LONGEST:
-                self.fail(f"a record has more than {LONGEST:,} characters, or no end", self.at)
-            if last or not open_end: self.fail(e.msg, self.at + len(text[:e.pos].encode()))
-        except ValueError as e: self.fail(str(e), self.at)           # a number of thousands of digits
+                self._fail(f"a record has more than {LONGEST:,} characters, or no end", self.at)
+            if last or not open_end: self._fail(e.msg, self.at + len(text[:e.pos].encode()))
+        except ValueError as e: self._fail(str(e), self.at)          # a number of thousands of digits
         except RecursionError:
-            raise ValueError(f"{self.path}: nested too deep to be records, at line {self.line(self.at)}") from None
+            line = _line(self.data, self.at)
+            raise ValueError(f"{self.path}: nested too deep to be records, at line {line}") from None
 
-    def line(self, at: int) -> int:
-        "The line of a byte, from 1."
-        return 1 + sum(self.data[k:min(k + (1 << 22), at)].count(b"\n") for k in range(0, at, 1 << 22))
-
-    def fail(self, message: str, at: int) -> NoReturn:
-        begin = max(self.data.rfind(b"\n", 0, at) + 1, 3 if self.data[:3] == codecs.BOM_UTF8 else 0)
-        column = 1 + len(self.data[begin:at].decode("utf-8", "replace"))
-        place = f"line {self.line(at)}, column {column} (byte {at:,} of {len(self.data):,})"
-        before, behind = (self.data[max(0, at - 800):at], self.data[at:at + 48])
-        cause = _likely_cause(before.decode("utf-8", "ignore"), behind.decode("utf-8", "ignore"))
-        at_end = _SPACE.match(self.data, at).end() == len(self.data) or message.startswith("Unterminated")
-        cause = cause or "was the download cut off?" * at_end
-        raise ValueError(f"{self.path}: not JSON at {place}: {'; '.join(filter(None, (message, cause)))}")
+    def _fail(self, message: str, at: int) -> NoReturn:
+        raise ValueError(f"{self.path}: not JSON at {_place(self.data, at)}: {message}{_cause(self.data, at, message)}")
 
 # %% ../../nbs/store/01_files.ipynb #1f04a061
 _CAUSES = {
@@ -264,6 +254,24 @@ def _likely_cause(before: str, behind: str) -> str: # "" where nothing is known
         "control": behind[:1] in ("\n", "\r", "\t") and last not in ("", ",", ":"),
     }
     return next((_CAUSES[name] for name, is_so in found.items() if is_so), "")
+
+# %% ../../nbs/store/01_files.ipynb #f449562a
+def _line(data: mmap.mmap, at: int) -> int:
+    "The line of a byte, from 1."
+    return 1 + sum(data[k:min(k + (1 << 22), at)].count(b"\n") for k in range(0, at, 1 << 22))
+
+def _place(data: mmap.mmap, at: int) -> str:
+    "Where a byte is, in a person's terms and in a program's."
+    begin = max(data.rfind(b"\n", 0, at) + 1, len(codecs.BOM_UTF8) if data[:3] == codecs.BOM_UTF8 else 0)
+    column = 1 + len(data[begin:at].decode("utf-8", "replace"))
+    return f"line {_line(data, at)}, column {column} (byte {at:,} of {len(data):,})"
+
+def _cause(data: mmap.mmap, at: int, message: str) -> str: # "; " and the cause, or ""
+    "The likely cause of an error."
+    before, behind = data[max(0, at - 800):at], data[at:at + 48]
+    cause = _likely_cause(before.decode("utf-8", "ignore"), behind.decode("utf-8", "ignore"))
+    at_end = _SPACE.match(data, at).end() == len(data) or message.startswith("Unterminated")
+    return f"; {cause}" if cause else "; was the download cut off?" * at_end
 
 # %% ../../nbs/store/01_files.ipynb #e3dd0daa
 MAX_GROUP = 1 << 32        # bytes of a row group that are read at once
@@ -324,7 +332,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
 def _as_text(value: Any) -> str: # of a value that JSON cannot hold
     return f"{len(value):,} bytes" if isinstance(value, bytes) else repr(value)
 
-# %% ../../nbs/store/01_files.ipynb #c9117197
+# %% ../../nbs/store/01_files.ipynb #47b15e09
 def read_records(
     path: str | Path | Sequence[str | Path], # see `data_files`
 ) -> Iterator[dict]:
@@ -339,6 +347,7 @@ def raw_rows(
     for k, row in enumerate(itertools.islice(rows_of(Path(path)), max(wanted, default=-1) + 1)):
         if k in wanted: yield k, row
 
+# %% ../../nbs/store/01_files.ipynb #1066df8e
 def rows_of(
     path: Path,
 ) -> Iterator[str]:

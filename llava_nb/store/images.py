@@ -14,7 +14,7 @@ from pathlib import Path
 from ..base.terminal import shown
 from ..conversation import BadRecord
 
-# %% ../../nbs/store/05_images.ipynb #dffde351
+# %% ../../nbs/store/05_images.ipynb #ae18b365
 def check_picture(
     image: str, # path below the image folder
     folder: Path | None, # the image folder
@@ -29,9 +29,11 @@ def check_picture(
         what = f"{shown(image)} is no path that this system can follow ({getattr(e, 'strerror', None) or e})"
         raise BadRecord("path", what, "correct it", "image") from None
     if not inside:
-        raise BadRecord("path", f"{shown(image)} leads out of the image folder {folder}", "give a path below it", "image")
+        what = f"{shown(image)} leads out of the image folder {folder}"
+        raise BadRecord("path", what, "give a path below it", "image")
     if not is_file:
-        raise BadRecord("missing", f"{shown(image)} is not a file in {folder}", "fetch it, or leave the record out", "image")
+        what = f"{shown(image)} is not a file in {folder}"
+        raise BadRecord("missing", what, "fetch it, or leave the record out", "image")
 
 def _inside(path: Path, folder: Path) -> bool: return path.resolve().is_relative_to(folder.resolve())
 
@@ -58,7 +60,7 @@ def _plain_files(folder: Path, below: str) -> set[str]:
             return {e.name for e in found if e.is_file(follow_symlinks=False)}
     except (OSError, ValueError, RuntimeError): return set()
 
-# %% ../../nbs/store/05_images.ipynb #27ee0eaf
+# %% ../../nbs/store/05_images.ipynb #c35e7b56
 def picture_problems(
     images: Sequence[str], # paths below the image folder
     folder: Path | None, # the image folder
@@ -77,12 +79,13 @@ def picture_problems(
     return problems
 
 def _without_folder(images: Sequence[str]) -> dict[str, BadRecord]:
-    "Problems of paths without an image folder; where all paths are absolute, the remedy names the folder that they share."
+    "Problems of paths without an image folder; the remedy names the folder that absolute paths share."
     remedy = "name the folder that the paths start from with --image_folder"
     if images and all(image.startswith("/") for image in images):
         common = os.path.commonpath([os.path.dirname(image) for image in images])
         remedy = f"--image_folder {shown(common, 200)}" + (", the folder that all paths share" if common != "/" else "")
-    return {image: BadRecord("missing", f"{shown(image)} is given, but no image_folder", remedy, "image") for image in images}
+    problem = lambda image: BadRecord("missing", f"{shown(image)} is given, but no image_folder", remedy, "image")
+    return {image: problem(image) for image in images}
 
 # %% ../../nbs/store/05_images.ipynb #571de5af
 class Folder:

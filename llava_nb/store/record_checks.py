@@ -144,7 +144,7 @@ def names(
     if _ABOUT.intersection(words): return ""
     return "other" if _OTHER.intersection(words) else "image" if _IMAGE.intersection(words) else ""
 
-# %% ../../nbs/store/03_record_checks.ipynb #c0e70a7c
+# %% ../../nbs/store/03_record_checks.ipynb #ee7ded2c
 def _check_keys(record: dict, turns: list[dict], image: Any) -> None:
     "Refuse keys that matter and are not read."
     if record.keys() <= {"id", "image", "conversations"} and all(len(turn) == 2 for turn in turns): return
@@ -164,6 +164,7 @@ def _check_key(key: str, value: Any, image: Any, field: str) -> None:
         if isinstance(value, dict): waiting += [(k, v, f"{field[:100]}.{k}") for k, v in value.items()]
         elif isinstance(value, list): waiting += [("", v, field) for v in value if isinstance(v, dict | list)]
 
+# %% ../../nbs/store/03_record_checks.ipynb #31e62a48
 def _matters(kind: str, key: str, value: Any, image: Any, field: str) -> bool:
     "Whether the training would be another one with this key."
     in_turn = field.startswith("conversations[")
@@ -182,9 +183,11 @@ def _not_read(kind: str, value: Any, image: Any) -> tuple[str, str]: # what is w
         remedy = "write it into a text (a system prompt as a first turn from 'system'), or remove the key"
         return f"{lost}: this key is not read", remedy
     if kind == "other":
-        return f"{lost}: videos and sounds are not read, only one image a record", "leave the record out, or remove the key"
+        what = f"{lost}: videos and sounds are not read, only one image a record"
+        return what, "leave the record out, or remove the key"
     if image is None:
-        return f"{lost}: an image is read from the key `image` alone", "did you mean `image`? Write one path there, as a text"
+        what = f"{lost}: an image is read from the key `image` alone"
+        return what, "did you mean `image`? Write one path there, as a text"
     return f"{lost}: one image a record is read", "make a record of each image, or remove the key"
 
 # %% ../../nbs/store/03_record_checks.ipynb #a99485a9

@@ -136,7 +136,7 @@ def _located(records: Records, row: int, wrong: BadRecord) -> Problem:
     known = {name: records.table[name][row].as_py() for name in ("file", "index", "id", "source")}
     return _problem(known | {"problem": {name: getattr(wrong, name) for name in PROBLEM.names}}, records.files)
 
-# %% ../../nbs/store/06_records.ipynb #ea1efa22
+# %% ../../nbs/store/06_records.ipynb #12aa65be
 PICTURE_KINDS = ("size", "unreadable")       # those that only opening an image shows
 
 def with_findings(
@@ -160,7 +160,8 @@ def _findings(path: Path) -> dict[tuple[str, int], dict]: # by file and place
     try:
         listed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         listed = [f for f in listed if f["kind"] in PICTURE_KINDS]
-        return {(f["file"], f["index"]): {"id": f["id"]} | {name: str(f[name]) for name in PROBLEM.names} for f in listed}
+        problem = lambda f: {"id": f["id"]} | {name: str(f[name]) for name in PROBLEM.names}
+        return {(f["file"], f["index"]): problem(f) for f in listed}
     except (OSError, ValueError, LookupError, TypeError) as e:
         why = f"cannot be read ({type(e).__name__}: {printable(e, 80)})"
         raise ValueError(f"findings: {path} {why}; name the findings.jsonl of `llava_nb doctor`") from None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ', 'IMAGES', 'INDEX', 'write_shards', 'is_shards', 'index', 'ShardIndex', 'Shards']
 
-# %% ../../nbs/store/09_shards.ipynb #735f49ed
+# %% ../../nbs/store/09_shards.ipynb #747debec
 import hashlib
 import io
 import itertools
@@ -26,7 +26,7 @@ from filelock import FileLock
 from ..base.image_files import MAX_BYTES, TooLarge
 from ..base.terminal import printable, shown
 from ..conversation import BadRecord
-from .cache import cache_folder, content_hash, make_durable, sha256_of
+from .cache import cache_folder, content_hash, make_durable, sha256_of, write_whole
 
 # %% ../../nbs/store/09_shards.ipynb #f7e5f994
 def write_shards(
@@ -109,7 +109,8 @@ def _record(text: bytes, shard: str, name: str):
     try: return json.loads(text)
     except ValueError as e: raise ValueError(f"{shard}: {name} is not JSON ({e})") from None
 
-# %% ../../nbs/store/09_shards.ipynb #14b24f97
+# %% ../../nbs/store/09_shards.ipynb #9fad2fbf
+_FILES = ("index.arrow", "records.jsonl")
 INDEX = pa.schema([
     ("hash", pa.uint64()), ("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64()), ("name", pa.binary())])
 
@@ -130,7 +131,7 @@ def _is_complete(folder: Path) -> bool:
     "Whether an index's files are those that were written."
     try:
         sums = json.loads((folder / "shards.json").read_text())["sums"]
-        return all(sums[name] == content_hash(folder / name, folder.parent) for name in ("index.arrow", "records.jsonl"))
+        return all(sums[name] == content_hash(folder / name, folder.parent) for name in _FILES)
     except (OSError, ValueError, LookupError, TypeError): return False
 
 def _write_index(files: fsspec.AbstractFileSystem, found: list[str], folder: Path) -> None:
@@ -142,14 +143,14 @@ def _write_index(files: fsspec.AbstractFileSystem, found: list[str], folder: Pat
     table = pa.table(list(map(list, zip(*rows))) or [[]] * len(INDEX), schema=INDEX).sort_by("hash").combine_chunks()
     with pa.ipc.new_file(str(folder / "index.new"), INDEX) as f: f.write_table(table)
     os.replace(folder / "index.new", folder / "index.arrow")         # another process may have mapped the old one
-    made = [folder / "index.arrow", folder / "records.jsonl"]
+    made = [folder / name for name in _FILES]
     make_durable(*made, folder)
     sums = {path.name: sha256_of(path) for path in made}
-    (folder / "shards.json").write_text(json.dumps({"shards": found, "sums": sums}))      # last: marks the rest complete
+    write_whole(folder / "shards.json", json.dumps({"shards": found, "sums": sums}))      # last: marks the rest complete
 
 def _hash(name: bytes) -> int: return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
-# %% ../../nbs/store/09_shards.ipynb #8946668d
+# %% ../../nbs/store/09_shards.ipynb #b9d2c0da
 class ShardIndex:
     "Where each member of the shards is."
     def __init__(self, folder: Path): # from `index`
@@ -179,14 +180,15 @@ class ShardIndex:
         values, counts = names.value_counts().flatten()
         twice = set(values.filter(pa.compute.greater(counts, 1)).to_pylist())
         known = pa.compute.is_in(asked, names).to_pylist()
-        return {image for image, name, is_there in zip(images, asked.to_pylist(), known) if is_there and name not in twice}
+        rows = zip(images, asked.to_pylist(), known)
+        return {image for image, name, is_there in rows if is_there and name not in twice}
 
 def _bytes(name: str) -> bytes:
     "A name as a tar file holds it; a name that none can hold is found nowhere."
     try: return name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError: return name.encode("utf-8", "surrogatepass")
 
-# %% ../../nbs/store/09_shards.ipynb #a9542bf8
+# %% ../../nbs/store/09_shards.ipynb #dbf986d7
 class Shards:
     "Images of tar shards, each read by its position."
     def __init__(self,
@@ -215,9 +217,10 @@ class Shards:
         found = self.index.find(image)
         if len(found) == 1: return found[0]
         if not found:
-            raise BadRecord("missing", f"{shown(image)} is in no shard of {self.root}", "add it, or leave the record out", "image")
-        name = printable(image.rpartition(".tar/")[2], 80)
-        raise BadRecord("path", f"{shown(image)} lies in {len(found)} shards of {self.root}", f"write SHARD.tar/{name}", "image")
+            what = f"{shown(image)} is in no shard of {self.root}"
+            raise BadRecord("missing", what, "add it, or leave the record out", "image")
+        what, name = f"{shown(image)} lies in {len(found)} shards of {self.root}", image.rpartition(".tar/")[2]
+        raise BadRecord("path", what, f"write SHARD.tar/{printable(name, 80)}", "image")
 
     def open(self,
         image: str, # see `find`
@@ -230,7 +233,7 @@ class Shards:
         return io.BytesIO(files.cat_file(shard, start=offset, end=offset + size))
 
     def read(self, image: str) -> bytes: return self.open(image).getvalue()
-    def stamp(self, image: str) -> str: return f"{self.folder.name} {self.find(image)}"      # the folder's name changes with the shards
+    def stamp(self, image: str) -> str: return f"{self.folder.name} {self.find(image)}"      # its name: of the shards
 
     def problems(self,
         images: list[str],
