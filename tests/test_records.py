@@ -1,4 +1,5 @@
 """Records: every fault named by record and field, nothing lost, before anything is trained."""
+
 import json
 
 import pytest
@@ -17,7 +18,13 @@ CLIP = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56
 
 
 def record(id="a", image=None, question="What?", answer="A fox.") -> dict:
-    r = {"id": id, "conversations": [{"from": "human", "value": ("<image>\n" if image else "") + question}, {"from": "gpt", "value": answer}]}
+    r = {
+        "id": id,
+        "conversations": [
+            {"from": "human", "value": ("<image>\n" if image else "") + question},
+            {"from": "gpt", "value": answer},
+        ],
+    }
     return r | ({"image": image} if image else {})
 
 
@@ -25,11 +32,21 @@ def dataset(records, folder=None, **kw):
     return ValidatedDataset(records, get_template("v1"), ENCODER, ImageTransform(CLIP, "pad"), folder, **kw)
 
 
-@pytest.mark.parametrize("text, message", [('[{"a": 1}, {"b"', "not JSON at line 1"), ("version https://git-lfs.github.com/spec/v1", "Git-LFS"), ("<!DOCTYPE html>", "web page"), ("", "is empty"),
-                                           ('{"data": []}', "not a list of records"), ('{"conversations": []}\nnope', "not JSON at line 2")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('[{"a": 1}, {"b"', "not JSON at line 1"),
+        ("version https://git-lfs.github.com/spec/v1", "Git-LFS"),
+        ("<!DOCTYPE html>", "web page"),
+        ("", "is empty"),
+        ('{"data": []}', "not a list of records"),
+        ('{"conversations": []}\nnope', "not JSON at line 2"),
+    ],
+)
 def test_a_file_that_is_no_list_of_records(tmp_path, text, message):
     (tmp_path / "d.json").write_text(text)
-    with pytest.raises(ValueError, match=message) as e: list(read_records(tmp_path / "d.json"))
+    with pytest.raises(ValueError, match=message) as e:
+        list(read_records(tmp_path / "d.json"))
     assert str(tmp_path / "d.json") in str(e.value)
 
 
@@ -39,8 +56,10 @@ def test_json_jsonl_bom_and_latin1(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     assert list(read_records(tmp_path / "a.json")) == list(read_records(tmp_path / "a.jsonl")) == records
     (tmp_path / "l.json").write_bytes('[{"a": "é"}]'.encode("latin-1"))
-    with pytest.raises(ValueError, match="not UTF-8 at byte 8"): list(read_records(tmp_path / "l.json"))
-    with pytest.raises(FileNotFoundError): list(read_records(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="not UTF-8 at byte 8"):
+        list(read_records(tmp_path / "l.json"))
+    with pytest.raises(FileNotFoundError):
+        list(read_records(tmp_path / "none.json"))
 
 
 def test_lengths_and_items_agree(tmp_path):
@@ -55,26 +74,38 @@ def test_lengths_and_items_agree(tmp_path):
 
 
 def test_every_problem_is_named_and_nothing_is_lost(tmp_path):
-    Image.new("RGB", (30, 20)).save(tmp_path / "x.png"); (tmp_path / "dir").mkdir()
+    Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
+    (tmp_path / "dir").mkdir()
     (tmp_path / "out.png").symlink_to("/etc/hostname")
     bad = {"gone": "gone.png", "up": "../x.png", "root": "/etc/hostname", "dir": "dir", "link": "out.png"}
-    records = [record("fine", "x.png")] + [record(k, v) for k, v in bad.items()] + ["text", 7, None, record("long", question="w " * 600), record("empty", answer=" ")]
-    with pytest.raises(ValueError) as e: dataset(records, tmp_path)
+    records = (
+        [record("fine", "x.png")]
+        + [record(k, v) for k, v in bad.items()]
+        + ["text", 7, None, record("long", question="w " * 600), record("empty", answer=" ")]
+    )
+    with pytest.raises(ValueError) as e:
+        dataset(records, tmp_path)
     lines = str(e.value).splitlines()
-    assert lines[0].startswith(f"{len(records) - 1} of {len(records)} records") and all(f"(id {k})" in str(e.value) for k in bad)
+    assert lines[0].startswith(f"{len(records) - 1} of {len(records)} records") and all(
+        f"(id {k})" in str(e.value) for k in bad
+    )
     kept = dataset(records, tmp_path, bad_records="skip")
     assert len(kept) + len(kept.quarantined) == len(records) and list(kept.records) == [records[0]]
     kept.write_quarantine(tmp_path / "q.jsonl")
-    assert [json.loads(l)["index"] for l in (tmp_path / "q.jsonl").read_text().splitlines()] == list(range(1, len(records)))
+    assert [json.loads(l)["index"] for l in (tmp_path / "q.jsonl").read_text().splitlines()] == list(
+        range(1, len(records))
+    )
 
 
 def test_many_problems_are_capped_in_print_and_counted(tmp_path):
-    with pytest.raises(ValueError, match="and 80 more"): dataset([record(answer="")] * 100)
+    with pytest.raises(ValueError, match="and 80 more"):
+        dataset([record(answer="")] * 100)
 
 
 def test_a_picture_that_cannot_be_decoded_names_file_and_record(tmp_path):
     (tmp_path / "x.png").write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match=r"record 0 \(id a\).*x\.png: cannot be decoded"): dataset([record("a", "x.png")], tmp_path)[0]
+    with pytest.raises(ValueError, match=r"record 0 \(id a\).*x\.png: cannot be decoded"):
+        dataset([record("a", "x.png")], tmp_path)[0]
 
 
 def expand2square(image, background=(122, 116, 104)):
@@ -91,14 +122,21 @@ def test_pixels_are_the_processors_own(aspect, size, mode, tmp_path):
     image = Image.effect_noise(size, 60).convert("RGB").convert(mode)
     image.save(tmp_path / "x.png")
     rgb = image.convert("RGB")
-    wanted = torch.as_tensor(CLIP(expand2square(rgb) if aspect == "pad" else rgb, return_tensors="pt")["pixel_values"][0])
-    assert torch.equal(ImageTransform(CLIP, aspect)(tmp_path / "x.png"), wanted) and torch.equal(ImageTransform(CLIP, aspect)(rgb), wanted)
+    wanted = torch.as_tensor(
+        CLIP(expand2square(rgb) if aspect == "pad" else rgb, return_tensors="pt")["pixel_values"][0]
+    )
+    assert torch.equal(ImageTransform(CLIP, aspect)(tmp_path / "x.png"), wanted) and torch.equal(
+        ImageTransform(CLIP, aspect)(rgb), wanted
+    )
 
 
 @pytest.mark.parametrize("size", [(3000, 3001), (5000, 1700)])
 def test_a_large_picture_is_squared_in_bands_to_the_same_bits(size):
     image = Image.effect_noise(size, 60).convert("RGB")
-    assert torch.equal(ImageTransform(CLIP, "pad")(image), torch.as_tensor(CLIP(expand2square(image), return_tensors="pt")["pixel_values"][0]))
+    assert torch.equal(
+        ImageTransform(CLIP, "pad")(image),
+        torch.as_tensor(CLIP(expand2square(image), return_tensors="pt")["pixel_values"][0]),
+    )
 
 
 def test_a_large_jpeg_at_a_reduced_scale_is_close_and_a_small_one_the_same(tmp_path):
@@ -106,7 +144,7 @@ def test_a_large_jpeg_at_a_reduced_scale_is_close_and_a_small_one_the_same(tmp_p
         Image.effect_mandelbrot(size, (-2, -1.2, 1, 1.2), 60).convert("RGB").save(tmp_path / "x.jpg")
         for aspect in ("square", "pad"):
             whole, reduced = (ImageTransform(CLIP, aspect, reduced_jpeg=r)(tmp_path / "x.jpg") for r in (False, True))
-            assert torch.equal(whole, reduced) == same and (whole - reduced).abs().mean() < .05
+            assert torch.equal(whole, reduced) == same and (whole - reduced).abs().mean() < 0.05
 
 
 def test_siglip_shape_and_modes(tmp_path):
@@ -117,10 +155,15 @@ def test_siglip_shape_and_modes(tmp_path):
 
 
 def test_exif_is_applied_only_if_asked(tmp_path):
-    exif = Image.Exif(); exif[0x0112] = 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "p.jpg", exif=exif)
     as_stored, turned = (ImageTransform(CLIP, "pad", exif)(tmp_path / "p.jpg") for exif in (False, True))
-    assert as_stored.shape == turned.shape and torch.equal(turned, as_stored.flip(1).transpose(1, 2)) and not torch.equal(turned, as_stored)
+    assert (
+        as_stored.shape == turned.shape
+        and torch.equal(turned, as_stored.flip(1).transpose(1, 2))
+        and not torch.equal(turned, as_stored)
+    )
 
 
 def test_line_separators_inside_a_text_do_not_cut_a_jsonl_line(tmp_path):
@@ -141,19 +184,41 @@ def test_paths_and_ids_that_the_system_refuses_are_problems_and_not_crashes(tmp_
 
 def test_pictures_without_a_transform_are_refused(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no image_transform"): ValidatedDataset([record("a", "x.png")], get_template("v1"), ENCODER, None, tmp_path)
+    with pytest.raises(ValueError, match="no image_transform"):
+        ValidatedDataset([record("a", "x.png")], get_template("v1"), ENCODER, None, tmp_path)
 
 
-MARKUP = ("```html\n<video>\n<source src='a.mp4'></video>\n```", "Use <video controls></video>.", "`<image>` is a tag of RSS", "<picture><source></picture>",
-          "std::vector<Image>", "C++ vector<image> v;", "In XML: <image>a.png</image>", "An <img> tag has alt.", "<IMG SRC=x>", "Map<String, Image>")
-MARKS = ("<video>\nWhat happens?", "See <video> here", "What is this? <image>", "<IMAGE>", "print('<image>')", "```\ncode\n```\n<audio>", "<img>a.png</img>", "<image_1> what")
+MARKUP = (
+    "```html\n<video>\n<source src='a.mp4'></video>\n```",
+    "Use <video controls></video>.",
+    "`<image>` is a tag of RSS",
+    "<picture><source></picture>",
+    "std::vector<Image>",
+    "C++ vector<image> v;",
+    "In XML: <image>a.png</image>",
+    "An <img> tag has alt.",
+    "<IMG SRC=x>",
+    "Map<String, Image>",
+)
+MARKS = (
+    "<video>\nWhat happens?",
+    "See <video> here",
+    "What is this? <image>",
+    "<IMAGE>",
+    "print('<image>')",
+    "```\ncode\n```\n<audio>",
+    "<img>a.png</img>",
+    "<image_1> what",
+)
 
 
 @pytest.mark.parametrize("text", MARKUP)
 def test_what_programmers_write_is_text(tmp_path, text):
     """ShareGPT's conversations, which LLaVA trains on, are full of HTML and templates of C++"""
     for turns in ((text, "Yes."), ("What?", text)):
-        kept = dataset([{"conversations": [{"from": who, "value": v} for who, v in zip(("human", "gpt"), turns)]}], tmp_path)
+        kept = dataset(
+            [{"conversations": [{"from": who, "value": v} for who, v in zip(("human", "gpt"), turns)]}], tmp_path
+        )
         sample = kept[0]
         assert sample["pixel_values"] is None and ENCODER.image_token_id not in sample["input_ids"].tolist()
 
@@ -162,4 +227,5 @@ def test_what_programmers_write_is_text(tmp_path, text):
 def test_a_mark_without_its_file_is_refused(tmp_path, text):
     for turns in ((text, "Yes."), ("What?", text)):
         bad = [{"conversations": [{"from": who, "value": v} for who, v in zip(("human", "gpt"), turns)]}]
-        with pytest.raises(ValueError, match="1 of 1 records"): dataset(bad, tmp_path)
+        with pytest.raises(ValueError, match="1 of 1 records"):
+            dataset(bad, tmp_path)
