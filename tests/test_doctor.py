@@ -226,7 +226,7 @@ class Page(HTMLParser):
 
 
 def all_that_is_bad(world: Path) -> list:
-    """The good record, every bad record and image of the catalogue, those of the field, and some that attack the page."""
+    """The good record, every bad record and image of the catalogue, those of the field, and attacks on the page."""
     images = world / "images"
     (images / "coco").mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (60, 40), "teal").save(images / "coco" / "fine.png")
