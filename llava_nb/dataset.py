@@ -19,7 +19,7 @@ from .conversation import BadRecord, Template, image_of, normalise
 from .imageproc import ImageTransform
 from .masking import IGNORE_INDEX, Encoded, Encoder
 
-# %% ../nbs/07_dataset.ipynb #86feb384
+# %% ../nbs/07_dataset.ipynb #bc6bf24b
 def encode(
     record: dict,
     template: Template,
@@ -36,7 +36,7 @@ def fitted(
     "Cut an encoded record at the limit; refuse it if no target token or no image is left."
     encoded = encoder.cut(whole)
     if not target_count(encoded):
-        what = f"no learned token within model_max_length {encoder.max_length}"
+        what = f"no target token within model_max_length {encoder.max_length}"
         raise BadRecord("length", what, "shorten the record or raise the limit", "conversations")
     if len(encoded.image_spans) != (image_of(record) is not None):
         what = f"the template shows {len(encoded.image_spans)} images of this record"

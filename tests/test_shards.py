@@ -104,7 +104,7 @@ def test_a_damaged_index_is_made_again(tmp_path, name, harm):
 def test_names_that_several_shards_use_are_told_apart_by_the_shard(tmp_path):
     write_shards([("x/0.png", b"one"), ("x/0.png", b"two")], tmp_path, each=1)
     found = Shards(tmp_path)
-    with pytest.raises(ValueError, match=r"'x/0.png' lies in 2 shards of .*; write SHARD.tar/x/0.png"):
+    with pytest.raises(ValueError, match=r"'x/0.png' is in 2 shards of .*; write SHARD.tar/x/0.png"):
         found.find("x/0.png")
     assert found.read("000000.tar/x/0.png") == b"one" and found.read("000001.tar/x/0.png") == b"two"
     assert list(found.problems(["000001.tar/x/0.png", "x/0.png", "y.png", "000007.tar/x/0.png", "\ud800"])) == [

@@ -97,7 +97,7 @@ def _depth(value: Any) -> int:
     while level := [inner for v in level for inner in _inner(v)]: depth += 1
     return depth
 
-# %% ../../nbs/store/01_files.ipynb #86062bbe
+# %% ../../nbs/store/01_files.ipynb #8c66659e
 _BINARY = {
     b"\x1f\x8b": "a gzip archive; unpack it",
     b"PK\3\4": "a ZIP archive or a spreadsheet; unpack it, or save it as JSON",
@@ -123,7 +123,7 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
         cause = "as a copy that was broken off or a disk that was full leaves them; fetch the file again"
         raise ValueError(f"{path}: begins with {len(start):,} zero bytes, {cause}")
     if start[257:262] == b"ustar":
-        remedy = "name the folder of shards that it lies in, alone, or unpack it"
+        remedy = "name the folder of shards that holds it, alone, or unpack it"
         raise ValueError(f"{path}: this is a tar archive; {remedy}")
     text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     for begins, marks in ((start, _BINARY), (text, _TEXT)):
@@ -211,9 +211,9 @@ class _TolerantReader:
     def fail(self, message: str, at: int) -> NoReturn:
         raise ValueError(f"{self.path}: not JSON at {_place(self.data, at)}: {message}{_cause(self.data, at, message)}")
 
-# %% ../../nbs/store/01_files.ipynb #bb21a137
+# %% ../../nbs/store/01_files.ipynb #3d9f5477
 def _tolerant_rows(path: Path, data: mmap.mmap) -> Iterator[str]:
-    "The values of a list, or those that stand one behind another."
+    "The values of a list, or those one after another without brackets."
     reader = _TolerantReader(path, data)
     if reader.peek() == b"[": yield from _list_rows(reader)
     else:

@@ -14,14 +14,14 @@ from pathlib import Path
 from ..base.terminal import shown
 from ..conversation import BadRecord
 
-# %% ../../nbs/store/05_images.ipynb #ae18b365
+# %% ../../nbs/store/05_images.ipynb #f3401f8c
 def check_picture(
     image: str, # path below the image folder
     folder: Path | None, # the image folder
 ) -> None:
     "Refuse a path that is not a file inside the image folder."
     if folder is None:
-        remedy = "name the folder that it lies in with --image_folder"
+        remedy = "name the folder that holds it with --image_folder"
         raise BadRecord("missing", f"{shown(image)} is given, but no image_folder", remedy, "image")
     path = folder / image
     try: inside, is_file = _inside(path, folder), path.is_file()

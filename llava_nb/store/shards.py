@@ -188,7 +188,7 @@ def _bytes(name: str) -> bytes:
     try: return name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError: return name.encode("utf-8", "surrogatepass")
 
-# %% ../../nbs/store/09_shards.ipynb #dbf986d7
+# %% ../../nbs/store/09_shards.ipynb #2b4da58b
 class Shards:
     "Images of tar shards, each read by its position."
     def __init__(self,
@@ -219,7 +219,7 @@ class Shards:
         if not found:
             what = f"{shown(image)} is in no shard of {self.root}"
             raise BadRecord("missing", what, "add it, or leave the record out", "image")
-        what, name = f"{shown(image)} lies in {len(found)} shards of {self.root}", image.rpartition(".tar/")[2]
+        what, name = f"{shown(image)} is in {len(found)} shards of {self.root}", image.rpartition(".tar/")[2]
         raise BadRecord("path", what, f"write SHARD.tar/{printable(name, 80)}", "image")
 
     def open(self,

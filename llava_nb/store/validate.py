@@ -105,14 +105,14 @@ BLOCK = 2048         # records of a block, fewer where they are long
 _CODE = (             # decides what becomes of a record
     "conversation.py", "masking.py", "dataset.py", "store/files.py", "store/record_checks.py", "store/validate.py")
 
-# %% ../../nbs/store/04_validate.ipynb #f0849d35
+# %% ../../nbs/store/04_validate.ipynb #4a2d4aa2
 @dataclass(frozen=True)
 class Gate:
     "Validates records, and measures those that pass."
     template: Template
     encoder: Encoder
     repair: bool = True     # drop a first answer and a last question that stand alone; False: they are problems
-    names: tuple[str, ...] = ()      # of the files, if their records are to be told apart; see `record_source`
+    names: tuple[str, ...] = ()      # of the files, if their records are to be distinguished; see `record_source`
 
     def __call__(self,
         rows: Sequence[str], # records as JSON texts
