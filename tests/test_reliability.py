@@ -58,7 +58,7 @@ def test_the_newest_sound_checkpoint_is_taken_and_the_others_are_set_aside_by_na
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_bytes(b"x" * (tmp_path / "checkpoint-10" / "trainer_state.json").stat().st_size)
     assert resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-9")
     said = capsys.readouterr().out
-    assert "checkpoint-11: it has no readable MANIFEST.json: saving it was interrupted; set aside as damaged-checkpoint-11" in said and "checkpoint-10: trainer_state.json was changed" in said
+    assert "checkpoint-11: it has no readable MANIFEST.json: saving it was interrupted; quarantined as damaged-checkpoint-11" in said and "checkpoint-10: trainer_state.json was changed" in said
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-9"] and (tmp_path / "damaged-checkpoint-10" / "projector.safetensors").is_file()
 
 
@@ -101,10 +101,10 @@ def test_what_was_changed_and_sealed_again_is_told_in_one_line_and_the_one_befor
     seal(tmp_path / "checkpoint-10")
     assert not fault(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError) as e: resolve_resume(str(tmp_path / "checkpoint-10"), tmp_path)
-    assert "\n" not in str(e.value) and (not isinstance(e.value, NoCheckpoint) or "sound ones in" in str(e.value) and "checkpoint-5" in str(e.value))
+    assert "\n" not in str(e.value) and (not isinstance(e.value, NoCheckpoint) or "valid ones in" in str(e.value) and "checkpoint-5" in str(e.value))
     assert resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-5")
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and said.startswith("checkpoint-10: ") and said.endswith("; set aside as damaged-checkpoint-10\n") and len(said) < 600
+    assert said.count("\n") == 1 and said.startswith("checkpoint-10: ") and said.endswith("; quarantined as damaged-checkpoint-10\n") and len(said) < 600
 
 
 def test_a_damaged_note_of_a_run_and_an_odd_manifest_are_no_traceback(tmp_path):
@@ -128,7 +128,7 @@ def test_a_run_whose_newest_checkpoint_was_mixed_goes_on_from_the_one_before(wor
     shutil.copy(out / "checkpoint-18" / part_file(0), out / "checkpoint-19" / part_file(0))
     seal(out / "checkpoint-19")
     done = run(file, 0)
-    assert done.returncode == 0 and "is of step '18', state.json of step 19; set aside as damaged-checkpoint-19" in done.stdout and "resuming from" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "is of step '18', state.json of step 19; quarantined as damaged-checkpoint-19" in done.stdout and "resuming from" in done.stdout, done.stdout + done.stderr
     assert losses(out) == whole[0] and farthest(weights(out), whole[1]) == 0
 
 
@@ -147,10 +147,10 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_told_in_one_line(world, whol
 def test_a_run_never_starts_over_by_itself(tmp_path):
     with pytest.raises(NoCheckpoint, match="nothing to resume, no checkpoint"): resolve_resume("True", tmp_path)
     checkpoint(tmp_path, 3, sealed=False)
-    with pytest.raises(NoCheckpoint, match="checkpoint-3: it has no readable MANIFEST.json.*move them away to start anew"): resolve_resume(None, tmp_path)
+    with pytest.raises(NoCheckpoint, match="checkpoint-3: it has no readable MANIFEST.json.*move them away to start over"): resolve_resume(None, tmp_path)
     with pytest.raises(NoCheckpoint, match="holds checkpoint-3 of an earlier run"): resolve_resume("False", tmp_path)
     checkpoint(tmp_path, 2)
-    with pytest.raises(NoCheckpoint, match="cannot be resumed, .* sound ones in .*: checkpoint-2"): resolve_resume(str(tmp_path / "checkpoint-3"), tmp_path)
+    with pytest.raises(NoCheckpoint, match="cannot be resumed, .* valid ones in .*: checkpoint-2"): resolve_resume(str(tmp_path / "checkpoint-3"), tmp_path)
 
 
 def test_only_a_run_that_has_sealed_nothing_yet_begins_again(tmp_path, capsys):
@@ -158,9 +158,9 @@ def test_only_a_run_that_has_sealed_nothing_yet_begins_again(tmp_path, capsys):
     checkpoint(tmp_path, 3, sealed=False)
     assert json.loads((tmp_path / "run.json").read_text()) == {"sealed": None}
     with pytest.raises(NoCheckpoint, match="nothing to resume, checkpoint-3"): resolve_resume("True", tmp_path)
-    assert resolve_resume(None, tmp_path) is None and "set aside as damaged-checkpoint-3" in capsys.readouterr().out
+    assert resolve_resume(None, tmp_path) is None and "quarantined as damaged-checkpoint-3" in capsys.readouterr().out
     note(tmp_path, sealed="checkpoint-9")
-    with pytest.raises(NoCheckpoint, match="sealed checkpoint-9 here, which is gone"): resolve_resume(None, tmp_path)
+    with pytest.raises(NoCheckpoint, match="committed checkpoint-9 here, and it is gone"): resolve_resume(None, tmp_path)
 
 
 def test_rotation_keeps_two_sealed_ones_at_least(tmp_path):

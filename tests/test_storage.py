@@ -322,7 +322,7 @@ def test_an_interrupted_save_goes_and_what_lost_its_manifest_is_set_aside(tmp_pa
     (tmp_path / "checkpoint-6" / integrity.UNSEALED).touch()          # killed between its manifest and the removal of the mark
     assert integrity.resolve_resume(None, tmp_path) == str(tmp_path / "checkpoint-6")
     said = capsys.readouterr().out
-    assert "checkpoint-12: saving it was interrupted; removed" in said and "checkpoint-9: it has no readable MANIFEST.json" in said and "set aside as damaged-checkpoint-9" in said
+    assert "checkpoint-12: saving it was interrupted; removed" in said and "checkpoint-9: it has no readable MANIFEST.json" in said and "quarantined as damaged-checkpoint-9" in said
     assert sorted(p.name for p in tmp_path.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-6", "damaged-checkpoint-9"] and not fault(tmp_path / "checkpoint-6")
 
 
@@ -366,7 +366,7 @@ def test_a_second_run_in_one_folder_is_refused_and_told_who_holds_it(world, caps
 def test_progress_that_is_gone_is_missed(tmp_path):
     storage.make_folder(tmp_path)
     storage.note(tmp_path, sealed="checkpoint-12")
-    with pytest.raises(storage.NoCheckpoint, match="sealed checkpoint-12 here, which is gone; put it back, or remove run.json"): integrity.resolve_resume(None, tmp_path)
+    with pytest.raises(storage.NoCheckpoint, match="committed checkpoint-12 here, and it is gone; put it back, or remove run.json"): integrity.resolve_resume(None, tmp_path)
 
 
 def test_verify_says_what_is_whole_and_what_is_not(world, whole, capsys, tmp_path):

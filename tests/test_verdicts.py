@@ -185,7 +185,7 @@ def test_a_disk_without_room(world, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("made, resume, wanted", [
     ({"checkpoint-3/config.json": "{}"}, None, "nothing to resume, checkpoint-3: it has no readable MANIFEST.json"), ({}, "True", "nothing to resume, no checkpoint-* folder"),
-    ({"checkpoint-3/config.json": "{}"}, "False", "holds checkpoint-3 of an earlier run"), ({}, "nowhere/checkpoint-9", "cannot be resumed"), ({"run.json": {"sealed": "checkpoint-9"}}, None, "an earlier run sealed checkpoint-9 here, which is gone"),
+    ({"checkpoint-3/config.json": "{}"}, "False", "holds checkpoint-3 of an earlier run"), ({}, "nowhere/checkpoint-9", "cannot be resumed"), ({"run.json": {"sealed": "checkpoint-9"}}, None, "an earlier run committed checkpoint-9 here, and it is gone"),
 ])
 def test_a_checkpoint_that_cannot_be_gone_on_from(world, tmp_path, made, resume, wanted, capsys):
     out = deep(tmp_path / "out", made)
