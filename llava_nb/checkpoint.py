@@ -89,7 +89,8 @@ _WRITE_MESSAGE = r"""{%- if role == 'system' -%}
 {%- if not system -%}{{- raise_exception('this model takes no system message') -}}{%- endif -%}
 {{- start ~ (system[0] ~ said.text if system[0] else spaced(said.text)) ~ system[1] -}}
 {%- elif role == 'user' -%}
-{%- if said.last == 'user' -%}{{- raise_exception('two questions in a row: user and assistant take turns') -}}{%- endif -%}
+{%- if said.last == 'user' -%}
+{{- raise_exception('two questions in a row: user and assistant take turns') -}}{%- endif -%}
 {{- later if said.last == 'assistant' else '' if said.last == 'system' else start ~ first -}}
 {%- if said.images -%}{{- image -}}{%- endif -%}
 {%- if not asks -%}

@@ -66,7 +66,7 @@ def copy_partitions(
     own = dict(source.named_parameters())
     for name, p in target.named_parameters():
         p.ds_tensor.data.copy_(own[name].ds_tensor.data)
-        if p.ds_status.name == "AVAILABLE": p.partition([p])        # a small one that the engine keeps whole; it is gathered anew
+        if p.ds_status.name == "AVAILABLE": p.partition([p])        # a small one, kept whole; it is gathered anew
 
 # %% ../../nbs/fast/06_engine.ipynb #573bb541
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def pieces(
                          "offload it to the host's memory instead (--offload True)")
     if hasattr(engine, "fp32_partitioned_groups_flat"): find = functools.partial(_of_zero3, engine)
     elif hasattr(engine, "single_partition_of_fp32_groups"): find = functools.partial(_of_zero2, engine)
-    else: find = functools.partial(_of_torch, {id(p): k for k, group in enumerate(base.param_groups) for p in group["params"]})
+    else: find = functools.partial(_of_torch, _groups_of(base))
     found = {name: find(name, p) for name, p in model.named_parameters() if p.requires_grad}
     return {name: piece for name, piece in found.items() if piece and piece.length > 0}
 
@@ -116,6 +116,9 @@ def torch_optimizer(
     "torch's own optimizer, which holds Adam's means."
     return _unwrapped(optimizer)[0]
 
+def _groups_of(base: torch.optim.Optimizer) -> dict[int, int]: # id of a parameter -> its group
+    return {id(p): k for k, group in enumerate(base.param_groups) for p in group["params"]}
+
 def _unwrapped(optimizer) -> tuple[torch.optim.Optimizer, Any]: # torch's own, and what is around it
     around = None
     while hasattr(optimizer, "optimizer"): around, optimizer = optimizer, optimizer.optimizer
@@ -124,8 +127,8 @@ def _unwrapped(optimizer) -> tuple[torch.optim.Optimizer, Any]: # torch's own, a
 # %% ../../nbs/fast/06_engine.ipynb #fa92145a
 def _of_torch(groups: dict[int, int], name: str, p: nn.Parameter) -> Piece:
     if id(p) not in groups:
-        raise ValueError(f"{name} trains, but the optimizer does not hold it as it is: this engine's state cannot be saved; "
-                         "train with --zero 2 or 3, or without DeepSpeed")
+        raise ValueError(f"{name} trains, but the optimizer does not hold it as it is: this engine's state cannot be "
+                         "saved; train with --zero 2 or 3, or without DeepSpeed")
     return Piece(p, 0, 0, p.numel(), groups[id(p)], whole=True)
 
 def _of_zero2(engine, name: str, p: nn.Parameter) -> Piece | None:
@@ -135,7 +138,7 @@ def _of_zero2(engine, name: str, p: nn.Parameter) -> Piece | None:
     return Piece(flat, at.hp_fragment_address.start, values.start, values.numel, at.param_group_index)
 
 def _of_zero3(engine, name: str, p: nn.Parameter) -> Piece:
-    subgroup, offset, each = engine.grad_position[engine.get_param_id(p)]      # `each` is padded, so that all ranks' parts are as long
+    subgroup, offset, each = engine.grad_position[engine.get_param_id(p)]      # `each` is padded to the same on all ranks
     start = each * torch.distributed.get_rank()
     flat, group = engine.fp32_partitioned_groups_flat[subgroup], engine.sub_group_to_group_id[subgroup]
     return Piece(flat, offset, start, min(each, full_size(p) - start), group)
@@ -155,12 +158,12 @@ def guard_step(
 ) -> None:
     "Have `refuse` called instead of a step whose gradient is not finite on some rank."
     step = optimizer.step
-    if hasattr(optimizer, "check_grad_overflow"): optimizer.check_grad_overflow = True      # ZeRO-1 and 2, in every precision
+    if hasattr(optimizer, "check_grad_overflow"): optimizer.check_grad_overflow = True      # ZeRO-1 and 2
     def guarded(*args, **kwargs):
         held = getattr(optimizer, "grad_partitions_flat_buffer", None)      # ZeRO-3's
         if held is not None and not finite(held): refuse()
         found = step(*args, **kwargs)
-        if getattr(optimizer, "overflow", False): refuse()      # ZeRO-1 and 2 found it on some rank, and skipped the step
+        if getattr(optimizer, "overflow", False): refuse()      # ZeRO-1 and 2 found it, and skipped the step
         return found
     optimizer.step = guarded
 

@@ -151,7 +151,8 @@ def write_index(
     groups = torch_optimizer(training.optimizer).param_groups
     schedule = {k: v for k, v in training.schedule.state_dict().items() if k not in ("base_lrs", "lr_lambdas")}
     found = {"ranks": len(parts), "step": step, "skipped_steps": skipped_steps(training.engine),
-             "scaler": _scale(training), "groups": [{k: v for k, v in group.items() if k != "params"} for group in groups],
+             "scaler": _scale(training),
+             "groups": [{k: v for k, v in group.items() if k != "params"} for group in groups],
              "schedule": schedule, "parameters": parameters}
     (Path(folder) / STATE_FILE).write_text(json.dumps(found, indent=1))
 
@@ -305,9 +306,9 @@ def load_state(
 def _fill(base: torch.optim.Optimizer, piece: Piece, name: str, parts: Parts) -> None:
     said = parts.index["parameters"][name]
     for key in said["tensors"]:
-        held = piece.flat
-        if key != "master": held = base.state[piece.flat].setdefault(key, torch.zeros_like(held.detach()))
-        target = piece.of(held)
+        if key != "master" and key not in base.state[piece.flat]:
+            base.state[piece.flat][key] = torch.zeros_like(piece.flat.detach())
+        target = piece.of(piece.flat if key == "master" else base.state[piece.flat][key])
         for at, values in parts.read(key, name, piece.start, piece.start + piece.length):
             target[at:at + len(values)].copy_(values)
     if said["step"] is None: return
