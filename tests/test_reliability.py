@@ -134,11 +134,12 @@ def test_a_run_whose_newest_checkpoint_was_mixed_goes_on_from_the_one_before(wor
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_told_in_one_line(world, whole, capsys, monkeypatch):
     """As when another run, or a person, removes it just then."""
-    from llava_nb import train, trainer
+    from llava_nb import train
+    from llava_nb.safe import reliable_trainer
     file, settings = config(world, "vanishing", save_steps=1, gradient_accumulation_steps=4, use_cpu=True)
     out = Path(settings["output_dir"])
     out.mkdir(); shutil.copytree(world / "whole" / "checkpoint-19", out / "checkpoint-19")
-    monkeypatch.setattr(trainer, "restore_weights", lambda model, folder: shutil.rmtree(folder))
+    monkeypatch.setattr(reliable_trainer, "restore_weights", lambda model, folder: shutil.rmtree(folder))
     assert train.main([str(file)]) == 4
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llava_nb:")]
     assert len(said) == 1 and "checkpoint-19: went away while it was read" in said[0]
