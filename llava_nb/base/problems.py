@@ -25,8 +25,8 @@ class Several(Lines):
 
 class Refused(Lines):
     "A refusal of another rank, or a refusal in short."
-    def __init__(self, said: str, exit_code: int = 2):
-        super().__init__(said)
+    def __init__(self, message: str, exit_code: int = 2):
+        super().__init__(message)
         self.exit_code = exit_code
 
 
@@ -42,8 +42,8 @@ class Problems:
 
     def add(self, error: Exception) -> None:
         "Keep an error, or the several that it holds; the same message once."
-        told = {one_line(p) for p in self.found}
-        self.found += [p for p in getattr(error, "problems", [error]) if one_line(p) not in told]
+        known = {one_line(p) for p in self.found}
+        self.found += [p for p in getattr(error, "problems", [error]) if one_line(p) not in known]
 
     def tell(self,
         notes: Sequence[str] = (), # more lines for the message, if there is an error
