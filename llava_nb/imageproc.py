@@ -42,8 +42,10 @@ class ImageTransform:
     ) -> torch.Tensor: # [3, H, W], float32, normalised as the tower expects
         "Decode, scale, and hand over to the tower's processor."
         if not isinstance(image, Image.Image):
-            with open_image(image) as opened: image = self._scaled(opened)
-        else: image = self._scaled(image)
+            with open_image(image) as opened:
+                image = self._scaled(opened)
+        else:
+            image = self._scaled(image)
         return torch.as_tensor(self.processor(image, return_tensors="pt")["pixel_values"][0])
 
     def _scaled(self, image: Image.Image) -> Image.Image:
@@ -62,7 +64,8 @@ class ImageTransform:
     ) -> tuple[int, int]: # width and height
         "The size to which the processor would scale an image."
         size, short = self.processor.size, min(width, height)
-        if not size.shortest_edge: return (size.width, size.height)
+        if not size.shortest_edge:
+            return (size.width, size.height)
         edge = size.shortest_edge
         return tuple(edge if side == short else int(edge * side / short) for side in (width, height))
 

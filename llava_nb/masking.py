@@ -31,7 +31,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(files("llava_nb") / "data" / "tokenizer_tiny"))
 
 # %% ../nbs/03_masking.ipynb #6fa076d6
-SENTINEL = "\ufdd0\ufddf"      # noncharacters; `normalise` refuses them in a record
+SENTINEL = "\ufdd0\ufddf"      # noncharacters, refused in every record
 
 
 def text_only_tokenizer(
@@ -68,10 +68,14 @@ def check_spoken(
     roles = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
     steers = {IMAGE_TOKEN, *marks} | {getattr(tokenizer, f"{role}_token", None) for role in roles}
     for name in names:
-        if not name.strip() or name.split() != [name]: wrong = "is empty, or holds white space"
-        elif name in steers or _STEERS.fullmatch(name): wrong = "steers the model, and no text may say it"
-        elif _ordinary(name, tokenizer): wrong = "is an ordinary piece of the vocabulary and needs no mention"
-        else: continue
+        if not name.strip() or name.split() != [name]:
+            wrong = "is empty, or holds white space"
+        elif name in steers or _STEERS.fullmatch(name):
+            wrong = "steers the model, and no text may say it"
+        elif _ordinary(name, tokenizer):
+            wrong = "is an ordinary piece of the vocabulary and needs no mention"
+        else:
+            continue
         raise ValueError(f"special_tokens: {shown(name)} {wrong}; leave it out")
 
 
@@ -101,14 +105,17 @@ def _pieces(segments: Sequence[Segment], breaks: bool) -> Iterator[tuple[str, Se
     "The texts that the tokenizer reads; a sentinel without a segment where a text begins to be learned."
     for before, s in zip((None, *segments), segments):
         begins = s.learned and before and not before.learned
-        if breaks and begins and before.kind == s.kind == "text": yield SENTINEL, None
+        if breaks and begins and before.kind == s.kind == "text":
+            yield SENTINEL, None
         yield SENTINEL if s.kind == "special" else s.text, s
 
 
 def _encoded(text_only: Tokenizer, text: str) -> Encoding:
     "Encode; a tokenizer may fail on a text (a regular expression out of steps), and a panic in Rust is no `Exception`."
-    try: return text_only.encode(text, add_special_tokens=False)
-    except (KeyboardInterrupt, SystemExit, MemoryError): raise
+    try:
+        return text_only.encode(text, add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
     except BaseException as e:
         failure = f"{type(e).__name__}: {printable(e, 200)}"
         raise BadRecord("tokenizer", f"the tokenizer fails on a text of {len(text):,} characters ({failure})",
@@ -132,7 +139,8 @@ def encode_chunk(
     ids, labels = [], []
     for token, (start, end) in zip(encoding.ids, encoding.offsets):
         segment = owners[bisect_right(ends, max(start, end - 1))]
-        if segment is None: continue
+        if segment is None:
+            continue
         ids.append(special_ids[segment.text] if segment.kind == "special" else renumber.get(token, token))
         labels.append(ids[-1] if segment.learned else IGNORE_INDEX)
     return ids, labels
@@ -150,13 +158,17 @@ def eaten(
     eats: dict[str, tuple[bool, bool]], # whether a special token removes white space before and after it
 ) -> list[Segment]:
     "The segments without the white space that special tokens remove (Phi 3's `<|end|>`)."
-    if not eats: return list(segments)
+    if not eats:
+        return list(segments)
     texts, nothing = [s.text for s in segments], (False, False)
     takes = [eats.get(s.text, nothing) if s.kind == "special" else nothing for s in segments]
     for k, s in enumerate(segments):
-        if s.kind == "special": continue
-        if k and takes[k - 1][1]: texts[k] = texts[k].lstrip()
-        if k + 1 < len(segments) and takes[k + 1][0]: texts[k] = texts[k].rstrip()
+        if s.kind == "special":
+            continue
+        if k and takes[k - 1][1]:
+            texts[k] = texts[k].lstrip()
+        if k + 1 < len(segments) and takes[k + 1][0]:
+            texts[k] = texts[k].rstrip()
     return [replace(s, text=text) for s, text in zip(segments, texts) if text]
 
 # %% ../nbs/03_masking.ipynb #6eaddd87
@@ -224,7 +236,8 @@ class Encoder(TextEncoder):
         labels = [IGNORE_INDEX] * len(ids)
         for is_image, run in groupby(segments, key=lambda s: s.kind == "image"):
             for new_ids, new_labels in map(self._image, run) if is_image else [self.chunk(list(run))]:
-                if is_image: spans.append((len(ids), len(ids) + len(new_ids)))
+                if is_image:
+                    spans.append((len(ids), len(ids) + len(new_ids)))
                 ids += new_ids
                 labels += new_labels
         return Encoded(ids, labels, spans)
@@ -238,7 +251,8 @@ class Encoder(TextEncoder):
         "The part that fits into `max_length`."
         (ids, labels, spans), n = whole, self.max_length
         for start, end in spans:        # an image that is cut, or left out, has features without a position
-            if end <= n: continue
+            if end <= n:
+                continue
             cut = f"model_max_length {n} {'cuts' if start < n else 'ends before'} an image"
             raise BadRecord("length", f"{cut} whose features take positions {start} to {end}",
                             f"raise it to at least {end}, or shorten the text before the image")

@@ -39,18 +39,24 @@ def sniff(
     head: bytes, # a file's first bytes, 512 will do
 ) -> str: # one of `FORMATS`, or what else it is
     "The format of a file, by its content."
-    if not head: return "empty"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP": return "WEBP"
-    if head[:2] == b"BM" and head[15:18] == bytes(3): return "BMP"
-    if head[4:8] == b"ftyp": return _BRANDS.get(head[8:12], "a video")
+    if not head:
+        return "empty"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[:2] == b"BM" and head[15:18] == bytes(3):
+        return "BMP"
+    if head[4:8] == b"ftyp":
+        return _BRANDS.get(head[8:12], "a video")
     magic = next((kind for mark, kind in _MAGIC.items() if head.startswith(mark)), None)
     return magic or _sniff_text(head)
 
 
 def _sniff_text(head: bytes) -> str:
     text = head.decode("utf-8", "ignore").lstrip("\ufeff \t\r\n").lower()
-    if "<svg" in text: return "SVG"
-    if text.startswith(("<!doctype html", "<html")): return "a web page"
+    if "<svg" in text:
+        return "SVG"
+    if text.startswith(("<!doctype html", "<html")):
+        return "a web page"
     return "text" if text[:80].isprintable() and len(text) > len(head) / 2 else "no known kind of data"
 
 # %% ../../nbs/base/05_image_files.ipynb #57fa872b
@@ -124,7 +130,8 @@ def check_scans(
     image: Image.Image, # a JPEG, opened and not decoded
 ) -> None:
     "Refuse a JPEG with so many scans that decoding it would take minutes."
-    if not _has_scans(image): return
+    if not _has_scans(image):
+        return
     at = image.fp.tell()
     image.fp.seek(max(0, at - 8 - 2 * image.layers))
     found = count_scans(image.fp.read())
@@ -151,12 +158,14 @@ class Bounded:
     def read(self, size: int = -1) -> bytes:
         "The next bytes, or `Refused`."
         self.left -= 1
-        if self.left < 0: raise TooLarge("it is made of far too many pieces and would take too long; save it anew")
+        if self.left < 0:
+            raise TooLarge("it is made of far too many pieces and would take too long; save it anew")
         if time.thread_time() > self.end:
             raise TooLarge(f"decoding it takes more than {self.seconds:g} s; save it anew")
         return self.file.read(size)
 
-    def __getattr__(self, name: str): return getattr(self.file, name)
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
 
 # %% ../../nbs/base/05_image_files.ipynb #5a1c3e06
 MAX_EXIF = 200_000       # bytes
@@ -170,13 +179,15 @@ def check_exif(
     while size <= MAX_EXIF:
         file.seek(at)
         head = file.read(10)
-        if len(head) < 4 or head[:2] == b"\xff\xda": break
+        if len(head) < 4 or head[:2] == b"\xff\xda":
+            break
         segment = head[0] == 0xff and not (head[1] in (0, 1, 0xff) or 0xd0 <= head[1] <= 0xd9)   # Pillow skips others
         length = int.from_bytes(head[2:4], "big") * segment
         size += length * (head[1] == 0xe1 and head[4:] == b"Exif\0\0")
         at += 2 + length if segment else 1
     file.seek(0)
-    if size > MAX_EXIF: raise TooLarge(f"its EXIF has more than {MAX_EXIF:,} bytes; save it without")
+    if size > MAX_EXIF:
+        raise TooLarge(f"its EXIF has more than {MAX_EXIF:,} bytes; save it without")
 
 # %% ../../nbs/base/05_image_files.ipynb #f26d4be1
 @contextmanager
@@ -189,15 +200,18 @@ def open_image(
             kind, size = _checked_content(opened)
             _filter_warnings()
             bounded = Bounded(opened)
-            if kind == "JPEG": check_exif(bounded)
+            if kind == "JPEG":
+                check_exif(bounded)
             with Image.open(bounded, formats=FORMATS) as image:
                 _check_header(image, kind, size)
                 yield image
-    except (Refused, MemoryError): raise
+    except (Refused, MemoryError):
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise TooLarge(f"it has far more pixels than the {MAX_PIXELS / 1e6:.0f} million that are read ({e})") from None
     except Exception as e:      # Pillow's openers and decoders raise a dozen kinds
-        if getattr(e, "errno", None): raise        # of the file system, not of the image
+        if getattr(e, "errno", None):
+            raise        # of the file system, not of the image
         reason = f"{type(e).__name__}: {one_line(e, 200)}"
         raise Refused(f"it is damaged, or not what it seems ({reason})") from None
 
@@ -222,7 +236,8 @@ def _checked_content(opened: BinaryIO) -> tuple[str, int]: # format, bytes
 
 def _check_header(image: Image.Image, kind: str, size: int) -> None:
     check_size(*image.size)
-    if image.format in ("JPEG", "MPO"): check_scans(image)
+    if image.format in ("JPEG", "MPO"):
+        check_scans(image)
     if (need := decoding_memory(image, size)) > MAX_MEMORY:
         raise TooLarge(f"it has {image.width:,} x {image.height:,} pixels, whose decoding as {kind} would take "
                        f"{need / 1e6:,.0f} MB; at most {MAX_MEMORY / 1e6:.0f} are taken, scale it down first")
@@ -232,7 +247,8 @@ def _filter_warnings() -> None:
     """Too many pixels are an error; of damaged EXIF Pillow would warn once an entry.
     Set once: each change of the filters makes all others warn again."""
     bomb = Image.DecompressionBombWarning
-    if any(action == "error" and category is bomb for action, _, category, *_ in warnings.filters): return
+    if any(action == "error" and category is bomb for action, _, category, *_ in warnings.filters):
+        return
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.simplefilter("error", bomb)
 
@@ -243,7 +259,8 @@ def to_rgb(
     "The reference's `convert(\"RGB\")`, but 16-bit grey keeps its range."
     if image.mode in ("I", "F"):
         raise Refused(f"its pixels are numbers of 32 bits (mode {image.mode}) of no known range; save it with 8 bits")
-    if image.mode.startswith("I;16"): image = image.point(lambda v: v * (1 / 256)).convert("L")
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda v: v * (1 / 256)).convert("L")
     image.info.pop("transparency", None)        # dropped, as in the reference; Pillow would warn for every image
     return image.convert("RGB")
 
@@ -259,7 +276,8 @@ def turn_of(
 ) -> int | None: # for `Image.transpose`
     "The transposition that undoes the EXIF orientation."
     size = len(image.info.get("exif", b""))
-    if size > MAX_EXIF: raise TooLarge(f"its EXIF has {size:,} bytes; save it without")
+    if size > MAX_EXIF:
+        raise TooLarge(f"its EXIF has {size:,} bytes; save it without")
     return _TURNS.get(image.getexif().get(0x0112))
 
 
@@ -273,9 +291,11 @@ def _orientation(image: Image.Image) -> tuple[bool, bool]: # EXIF says to turn i
 def _frames_and_turn(image: Image.Image) -> tuple[bool, bool, bool]: # animated, to be turned, damaged
     try:
         animated = getattr(image, "is_animated", False)
-        if image.format == "PNG": return animated, False, False        # a PNG would be decoded for its EXIF
+        if image.format == "PNG":
+            return animated, False, False        # a PNG would be decoded for its EXIF
         return animated, *_orientation(image)
-    except Exception: return False, False, True       # a run never looks there
+    except Exception:
+        return False, False, True       # a run never looks there
 
 # %% ../../nbs/base/05_image_files.ipynb #9c8aca28
 def oddities(
@@ -323,7 +343,8 @@ def scale(
 
 
 def _pasted(image: Image.Image, size: tuple[int, int], corner: tuple[int, int], background) -> Image.Image:
-    if image.size == size: return image
+    if image.size == size:
+        return image
     ground = Image.new("RGB", size, background)
     ground.paste(image, corner)
     return ground

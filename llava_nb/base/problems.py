@@ -29,16 +29,19 @@ class Refused(Lines):
         super().__init__(message)
         self.exit_code = exit_code
 
-
+# %% ../../nbs/base/04_problems.ipynb #b71a5d33
 class Problems:
     "Errors of checks, kept until all checks have run."
-    def __init__(self): self.found = []
+    def __init__(self):
+        self.found = []
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         "Keep the error that the block raises."
-        try: yield
-        except (ValueError, OSError) as e: self.add(e)
+        try:
+            yield
+        except (ValueError, OSError) as e:
+            self.add(e)
 
     def add(self, error: Exception) -> None:
         "Keep an error, or the several that it holds; the same message once."
@@ -49,6 +52,9 @@ class Problems:
         notes: Sequence[str] = (), # more lines for the message, if there is an error
     ) -> None:
         "Raise the errors, if there are any."
-        if len(self.found) == 1 and notes: raise ValueError("; besides, ".join((one_line(self.found[0]), *notes)))
-        if len(self.found) == 1: raise self.found[0]
-        if self.found: raise Several(self.found, notes)
+        if len(self.found) == 1 and notes:
+            raise ValueError("; besides, ".join((one_line(self.found[0]), *notes)))
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise Several(self.found, notes)

@@ -24,7 +24,8 @@ _HIDDEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\
 
 
 @cache
-def _escape(c: str) -> str: return ascii(c)[1:-1]
+def _escape(c: str) -> str:
+    return ascii(c)[1:-1]
 
 
 def printable(
@@ -54,14 +55,19 @@ def _pieces(value: Any, limit: int) -> Iterator[str]:
             yield ", " if k else "(["[isinstance(value, list)]
             yield from _pieces(inner, limit)
         yield _closing(value)
-    elif isinstance(value, str | bytes): yield _quoted(value, limit)
-    elif isinstance(value, int) and value.bit_length() > 4 * limit: yield f"an integer of {value.bit_length():,} bits"
-    else: yield printable(repr(value), limit)
+    elif isinstance(value, str | bytes):
+        yield _quoted(value, limit)
+    elif isinstance(value, int) and value.bit_length() > 4 * limit:
+        yield f"an integer of {value.bit_length():,} bits"
+    else:
+        yield printable(repr(value), limit)
 
-
+# %% ../../nbs/base/01_terminal.ipynb #ca3eb672
 def _closing(value: list | tuple) -> str:
-    if not value: return str(value)
-    if isinstance(value, list): return "]"
+    if not value:
+        return str(value)
+    if isinstance(value, list):
+        return "]"
     return ",)" if len(value) == 1 else ")"
 
 
@@ -78,8 +84,10 @@ def shown(
     text = ""
     for piece in _pieces(value, limit):
         text += piece
-        if len(text) > limit + 3: break
-    else: return text
+        if len(text) > limit + 3:
+            break
+    else:
+        return text
     return text[:limit].rstrip("\\") + "…" if isinstance(value, dict | list | tuple) else text
 
 # %% ../../nbs/base/01_terminal.ipynb #d95c09eb
@@ -113,9 +121,12 @@ def masked(
     value: Any, # a text, or settings
 ) -> Any: # of the same kind
     "Without passwords, tokens and signatures."
-    if isinstance(value, str): return _masked_text(value)
-    if isinstance(value, list | tuple): return [masked(inner) for inner in value]
-    if not isinstance(value, dict): return value
+    if isinstance(value, str):
+        return _masked_text(value)
+    if isinstance(value, list | tuple):
+        return [masked(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
     return {key: _masked_setting(key, inner) for key, inner in value.items()}
 
 
@@ -126,7 +137,8 @@ def _masked_setting(key: Any, value: Any) -> Any:
 
 def _masked_text(text: str) -> str:
     for pattern, instead in _SECRETS:
-        if ":/" in text or "hf_" in text: text = pattern.sub(instead, text)
+        if ":/" in text or "hf_" in text:
+            text = pattern.sub(instead, text)
     return text
 
 # %% ../../nbs/base/01_terminal.ipynb #c0f2cfc3
@@ -153,22 +165,26 @@ def say(
 ) -> None:
     "The one place where text leaves the program."
     stream = sys.stderr if error else sys.stdout
-    if stream is None: return
+    if stream is None:
+        return
     kind = getattr(stream, "encoding", None) or "utf-8"
     try:
         stream.write(escaped(text).encode(kind, "backslashreplace").decode(kind) + end)
         stream.flush()
-    except OSError: _nobody_reads(stream)
+    except OSError:
+        _nobody_reads(stream)
 
 
 def _nobody_reads(stream: IO[str]) -> None:
     "Send the rest to nowhere, or Python would try to write it again when it ends."
-    with open(os.devnull, "wb") as nowhere: os.dup2(nowhere.fileno(), stream.fileno())
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 # %% ../../nbs/base/01_terminal.ipynb #2afea877
 class _Record(logging.LogRecord):
     "A log record whose message is escaped, whichever library wrote it."
-    def getMessage(self) -> str: return escaped(super().getMessage())
+    def getMessage(self) -> str:
+        return escaped(super().getMessage())
 
 
 def _warn(message, category, filename, lineno, file=None, line=None) -> None:

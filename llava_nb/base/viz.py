@@ -80,16 +80,21 @@ class Html:
     source: str          # finished HTML, its text already escaped
     summary: str = ""    # what a terminal shows instead
 
-    def _repr_html_(self) -> str: return self.source
-    def __repr__(self) -> str: return self.summary
+    def _repr_html_(self) -> str:
+        return self.source
+    def __repr__(self) -> str:
+        return self.summary
 
 # %% ../../nbs/base/02_viz.ipynb #d3db91b9
 def _cell(value: Any) -> str:
     "One table cell: numbers to the right with separators, text to the left, `None` as a dash"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if isinstance(value, float): text = f"{value:,.4g}"
-    elif number: text = f"{value:,}"
-    else: text = "–" if value is None else str(value)
+    if isinstance(value, float):
+        text = f"{value:,.4g}"
+    elif number:
+        text = f"{value:,}"
+    else:
+        text = "–" if value is None else str(value)
     return f'<td style="text-align: {"right" if number else "left"}">{html.escape(text)}</td>'
 
 
@@ -118,7 +123,8 @@ class Drawing:
         self.figure.savefig(out := io.BytesIO(), format="png", **PNG)
         return out.getvalue()
 
-    def __repr__(self) -> str: return self.text
+    def __repr__(self) -> str:
+        return self.text
 
 
 BLANKS = str.maketrans({" ": "·", "▁": "·", "Ġ": "·", "\n": "↵", "⏎": "↵", "Ċ": "↵", "\t": "⇥"})
@@ -162,7 +168,8 @@ def _laid_out(chips: Iterable[tuple[str, str]]) -> Iterator[tuple[int, int, str,
     for text, kind in chips:
         while text:
             room = WIDTH - column - 1
-            if len(text) > room and column and (len(text) < WIDTH or room < 12): line, column = line + 1, 0
+            if len(text) > room and column and (len(text) < WIDTH or room < 12):
+                line, column = line + 1, 0
             else:
                 cut = len(text) if len(text) <= room else text.rfind("·", 1, room) + 1 or room
                 yield line, column, text[:cut], kind
@@ -220,7 +227,8 @@ def _strip(placed: list[tuple[int, int, str, str]], title: str, counts: dict[str
             _box(ax, 0.05 + column * CHAR, top + line * ROW, (len(text) + 0.8) * CHAR, text, kind)
         x = 0.05
         for kind, label in counts.items():
-            if kind: _box(ax, x, top + (lines + 0.2) * ROW, 2 * CHAR, "", kind)
+            if kind:
+                _box(ax, x, top + (lines + 0.2) * ROW, 2 * CHAR, "", kind)
             left, middle = x + 2.6 * CHAR * bool(kind), top + (lines + 0.6) * ROW
             ax.text(left, middle, label, va="center", fontsize=8.5, color="#333333")
             x += (len(label) + 5) * CHAR
@@ -254,8 +262,10 @@ class _Grid:
     top: float              # of the first row
     step: float             # from row to row
 
-    def middle(self, column: int) -> float: return (self.lefts[column] + self.lefts[column + 1] - 0.4 * CHAR) / 2
-    def row(self, row: int) -> float: return self.top + row * self.step
+    def middle(self, column: int) -> float:
+        return (self.lefts[column] + self.lefts[column + 1] - 0.4 * CHAR) / 2
+    def row(self, row: int) -> float:
+        return self.top + row * self.step
 
 
 def _grid(rows: Mapping[str, list[tuple[str, str]]], top: float, gap: float) -> _Grid:
@@ -299,8 +309,10 @@ def aligned_rows(
             ax.text(0.05, grid.row(r) + ROW * 0.41, name, va="center", fontsize=8.5, parse_math=False)
             for c, (text, kind) in enumerate(row):
                 width = grid.lefts[c + 1] - grid.lefts[c] - 0.4 * CHAR
-                if kind: _box(ax, grid.lefts[c], grid.row(r), width, text, kind)
-        for start, end in arrows: _arrow(ax, grid, start, end)
+                if kind:
+                    _box(ax, grid.lefts[c], grid.row(r), width, text, kind)
+        for start, end in arrows:
+            _arrow(ax, grid, start, end)
         kinds = [kind for kind in FILLS if kind in used]
         legend_of(ax, kinds, loc="lower left", ncols=5, fontsize=8, bbox_to_anchor=(0, -0.02), borderaxespad=0.2)
     return Drawing(fig, _rows_as_text(rows, title))
@@ -323,7 +335,8 @@ def image_grid(
     with style():
         fig = Figure(figsize=(cols * size, rows * (size + 0.3)), layout="constrained")
         axes = fig.subplots(rows, cols, squeeze=False).ravel()
-        for ax in axes: ax.set_axis_off()
+        for ax in axes:
+            ax.set_axis_off()
         for ax, image, title in zip(axes, images, titles):
             ax.imshow(image)
             ax.set_title(textwrap.fill(title, int(size * 13)), loc="center", fontsize=9)
@@ -338,7 +351,8 @@ def bars(
 ) -> Any:                             # a matplotlib figure
     "Horizontal bars with their values written out"
     from matplotlib.figure import Figure
-    if not values: raise ValueError("no bars to draw: give at least one name and value")
+    if not values:
+        raise ValueError("no bars to draw: give at least one name and value")
     with style():
         fig = Figure(figsize=(7, 0.6 + 0.32 * len(values)), layout="constrained")
         ax = fig.subplots()
@@ -364,9 +378,11 @@ def micro_step(
         for k, (size, width) in enumerate(zip(sizes, widths)):
             kind = "image" if images is None or images[rank][k] else "context"
             ax.barh(rank, size, left=left, linewidth=0.4, **FILLS[kind])
-            if width > size: ax.barh(rank, width - size, left=left + size, linewidth=0, **FILLS["padding"])
+            if width > size:
+                ax.barh(rank, width - size, left=left + size, linewidth=0, **FILLS["padding"])
             left += width
-        if left < max(spans): ax.barh(rank, max(spans) - left, left=left, **FILLS["waiting"])
+        if left < max(spans):
+            ax.barh(rank, max(spans) - left, left=left, **FILLS["waiting"])
     ax.set(yticks=range(len(ranks)), ylabel="rank", ylim=(len(ranks) - 0.4, -0.6))
     ax.grid(False, axis="y")
     return 1 - sum(map(sum, ranks)) / (len(ranks) * max(spans))
@@ -400,7 +416,8 @@ def dialogue(
         left = fig.add_axes((0, 0, 1.8 / 6.8, 1), anchor="C")
         left.imshow(image)
         chat = fig.add_axes((2 / 6.8, 0, 4.8 / 6.8, 1), xlim=(0, 1), ylim=(0, height))
-        for ax in (left, chat): ax.set_axis_off()
+        for ax in (left, chat):
+            ax.set_axis_off()
         _bubbles(chat, turns, texts, (height + need) / 2 - 0.1)
     return fig
 
@@ -420,7 +437,7 @@ _ARROWS = (
 )
 _TRAINS = (("always frozen", _FROZEN), ("trains in stages 1 and 2", _BOTH), ("trains in stage 2", _SECOND))
 
-
+# %% ../../nbs/base/02_viz.ipynb #0d519706
 def architecture() -> Any: # a matplotlib figure
     "LLaVA-1.5 7B as boxes and arrows, with the shape of what passes between them"
     from matplotlib.figure import Figure
@@ -428,7 +445,8 @@ def architecture() -> Any: # a matplotlib figure
         fig = Figure(figsize=(10, 2.6))
         ax = fig.add_axes((0, 0, 1, 1), xlim=(-0.45, 5.45), ylim=(-0.5, 1.5))
         ax.set_axis_off()
-        for start, end, shape in _ARROWS: _draw_flow(ax, _PARTS[start], _PARTS[end], shape)
+        for start, end, shape in _ARROWS:
+            _draw_flow(ax, _PARTS[start], _PARTS[end], shape)
         for x, y, text, colour in _PARTS.values():
             box = {"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": "#888888"}
             ax.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box)
