@@ -45,7 +45,8 @@ def check_file(
     real = path.resolve()
     if not real.is_relative_to(root):
         raise ValueError(f"{path}: a link out of the folder, to {real}; put the file itself there")
-    if not real.is_file(): raise ValueError(f"{path}: not a regular file; remove it")
+    if not real.is_file():
+        raise ValueError(f"{path}: not a regular file; remove it")
 
 # %% ../../nbs/base/03_trust.ipynb #1327f915
 REFUSED = {
@@ -68,18 +69,20 @@ LARGEST = 64 << 20      # bytes of a configuration
 
 
 def _read(path: Path) -> Any:
-    try: found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         reason = type(e).__name__
         raise ValueError(f"{path}: not readable as JSON ({reason}); its download may not be complete") from None
-    try: json.dumps(found, ensure_ascii=False).encode()
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         half = shown(e.object[e.start])
         raise ValueError(f"{path}: {half} is half of a character (a surrogate), which no file can keep; "
                          "correct it, or fetch it again") from None
     return found
 
-
+# %% ../../nbs/base/03_trust.ipynb #9ed34f53
 def check_config(
     path: Path, # a JSON file
 ) -> None:
@@ -101,8 +104,10 @@ def check_config(
 
 def _children(value: Any) -> Iterator[tuple[Any, Any]]: # key or index, value
     "The values of an object or a list."
-    if isinstance(value, dict): yield from value.items()
-    elif isinstance(value, list): yield from enumerate(value)
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, list):
+        yield from enumerate(value)
 
 # %% ../../nbs/base/03_trust.ipynb #27cd2922
 @contextlib.contextmanager
@@ -110,7 +115,8 @@ def open_weights(
     file: str | Path, # *.safetensors
 ) -> Iterator[safe_open]:
     "Open a file of weights; a damaged one raises an error with its name."
-    try: opened = safe_open(file, framework="pt")
+    try:
+        opened = safe_open(file, framework="pt")
     except (SafetensorError, ValueError) as e:
         raise ValueError(f"{file}: not a whole safetensors file ({one_line(e, 200)}); fetch it again") from None
     with opened as f:
@@ -124,14 +130,16 @@ def shapes_of(
     file: str | Path, # *.safetensors
 ) -> dict[str, list[int]]: # by tensor
     "The shapes that a file of weights declares; no weight is read."
-    with open_weights(file) as f: return {name: f.get_slice(name).get_shape() for name in f.keys()}
+    with open_weights(file) as f:
+        return {name: f.get_slice(name).get_shape() for name in f.keys()}
 
 
 def check_index(
     path: Path, # *.index.json of sharded weights
 ) -> None:
     "Refuse an index whose shards are not files beside it."
-    try: names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{path}: not an index of weights; fetch it again") from None
     for name in sorted(map(str, names)):
@@ -151,11 +159,15 @@ def unfit(
     path: Path, # that exists
 ) -> str: # "" where nothing speaks against it
     "The reason why a path is no model folder, and the path to give instead."
-    if path.is_file(): return _unfit_file(path)
+    if path.is_file():
+        return _unfit_file(path)
     names = {p.name for p in path.iterdir()}
-    if names & {"adapter_config.json", "non_lora_trainables.bin"}: return _adapter(path)
-    if path.name.startswith("models--") and "snapshots" in names: return _cached(path)
-    if any(n.startswith("models--") for n in names): return _cache(path, names)
+    if names & {"adapter_config.json", "non_lora_trainables.bin"}:
+        return _adapter(path)
+    if path.name.startswith("models--") and "snapshots" in names:
+        return _cached(path)
+    if any(n.startswith("models--") for n in names):
+        return _cache(path, names)
     if any(n.endswith(".gguf") for n in names) and not any(n.endswith(".safetensors") for n in names):
         return (f"{path}: holds weights for llama.cpp (GGUF), quantised mostly, which are not trained here; "
                 "give the model's own folder, in safetensors")
@@ -164,20 +176,23 @@ def unfit(
         return _quantised(path, config, names)
     return _original(path, config, names) if _is_original(config) else ""
 
-
+# %% ../../nbs/base/03_trust.ipynb #d1c30781
 def _config(folder: Path) -> dict:
     "A folder's config.json, if it can be read."
     try:
-        if (folder / "config.json").stat().st_size > LARGEST: return {}
+        if (folder / "config.json").stat().st_size > LARGEST:
+            return {}
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): return {}
+    except (OSError, ValueError, RecursionError):
+        return {}
     return found if isinstance(found, dict) else {}
 
 
 def _is_original(config: dict) -> bool:
     "Old checkpoints say `model_type: llava`, as llava-hf does; their classes and keys tell them apart."
     classes = config.get("architectures") if isinstance(config.get("architectures"), list) else []
-    if "text_config" in config: return False
+    if "text_config" in config:
+        return False
     named = any(ORIGINAL.fullmatch(str(c)) for c in classes) or config.get("model_type") == "llava"
     return named or "mm_vision_tower" in config or "mm_projector_type" in config
 
@@ -188,8 +203,10 @@ def _unfit_file(path: Path) -> str:
 
 
 def _adapter(path: Path) -> str:
-    try: found = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError): found = None
+    try:
+        found = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
     return (f"{path}: holds an adapter (LoRA) of {shown(base) if base else 'some base model'}, not a whole model; "
             "merge the two (peft's merge_and_unload), and give the folder that this is saved to")
@@ -200,7 +217,7 @@ def _cache(path: Path, names: set[str]) -> str:
     example = cached[0].removeprefix("models--").replace("--", "/", 1)
     return f"{path}: is the hub's cache, with {len(cached)} models in it; give the name of one: {shown(example)}"
 
-
+# %% ../../nbs/base/03_trust.ipynb #cda22aca
 def _cached(path: Path) -> str:
     name = printable(path.name.removeprefix("models--").replace("--", "/", 1))
     there = sorted(path.glob("snapshots/*/config.json"))
@@ -242,10 +259,11 @@ def _dicts(value: Any, name: str = "") -> Iterator[tuple[str, dict]]:
     todo = [(name, value)]
     while todo:
         name, value = todo.pop()
-        if isinstance(value, dict): yield name, value
+        if isinstance(value, dict):
+            yield name, value
         todo += [(str(key), inner) for key, inner in _children(value) if isinstance(inner, dict | list)]
 
-
+# %% ../../nbs/base/03_trust.ipynb #5762dc7d
 def check_sizes(
     path: Path, # config.json
     shapes: list[list[int]] | None = None, # of all tensors of the folder
@@ -261,7 +279,8 @@ def check_sizes(
     most = layers | dict.fromkeys(WIDTHS, widest) | dict.fromkeys(SIDES, MOST_SIDE)
     for name, part in _dicts(found):
         where = f"{path}: {name and f'{name}.'}"
-        for key in most.keys() & part.keys(): _check_size(f"{where}{key}", part[key], most[key])
+        for key in most.keys() & part.keys():
+            _check_size(f"{where}{key}", part[key], most[key])
         _check_dropouts(where, part)
         if wrong := _contradiction(part, widest if shapes else None):
             raise ValueError(f"{where}{wrong}; fetch it again, or use another model")
@@ -284,8 +303,10 @@ def _check_dropouts(where: str, part: dict) -> None:
 @cache
 def _check_ids(path: Path, modified: float) -> None:
     "Refuse a tokenizer whose ids leave gaps of millions: lists are made as long as the largest."
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError): return        # its loader says what is wrong
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return        # its loader says what is wrong
     model = found.get("model") if isinstance(found, dict) else None
     ids = list(model["vocab"].values()) if isinstance(model, dict) and isinstance(model.get("vocab"), dict) else []
     for value in ids:
@@ -300,7 +321,8 @@ def check_processor(
         for key in SIDES & part.keys():
             if not isinstance(part[key], dict):
                 _check_size(f"{path}: {name and f'{name}.'}{key}", part[key], MOST_SIDE)
-        for key in PIXELS & part.keys(): _check_pixels(f"{path}: {name and f'{name}.'}{key}", key, part[key])
+        for key in PIXELS & part.keys():
+            _check_pixels(f"{path}: {name and f'{name}.'}{key}", key, part[key])
 
 
 def _check_pixels(where: str, key: str, value: Any) -> None:
@@ -311,22 +333,25 @@ def _check_pixels(where: str, key: str, value: Any) -> None:
             kind = "finite numbers" if key == "image_mean" else "numbers above 0"
             raise ValueError(f"{where} is {shown(value)}, and must be {kind}; fetch it again, or use another model")
 
-
+# %% ../../nbs/base/03_trust.ipynb #db3c53fb
 def _contradiction(part: dict, widest: int | None) -> str:
     "Two numbers of one object that contradict each other, as a message."
     width, heads, groups = (part.get(key) for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
     rows, pad, side, patch = (part.get(key) for key in ("vocab_size", "pad_token_id", "image_size", "patch_size"))
 
-    def whole(*values): return all(isinstance(value, int) for value in values)
+    def whole(*values):
+        return all(isinstance(value, int) for value in values)
 
     if whole(width, heads) and part.get("head_dim") is None and width % heads:
         return f"hidden_size {width} cannot be divided among num_attention_heads {heads}"
     if whole(heads, groups) and heads % groups:
         return f"num_attention_heads {heads} cannot be divided among num_key_value_heads {groups}"
-    if whole(side, patch) and patch > side: return f"patch_size {patch} is larger than image_size {side}"
+    if whole(side, patch) and patch > side:
+        return f"patch_size {patch} is larger than image_size {side}"
     if whole(side, patch, widest) and (side // patch) ** 2 > widest:
         return f"image_size {side} and patch_size {patch} make more patches than any tensor has rows"
-    if whole(rows, pad) and not -rows <= pad < rows: return f"pad_token_id {shown(pad)} is no row of vocab_size {rows}"
+    if whole(rows, pad) and not -rows <= pad < rows:
+        return f"pad_token_id {shown(pad)} is no row of vocab_size {rows}"
     return ""
 
 # %% ../../nbs/base/03_trust.ipynb #2e6871b3
@@ -341,27 +366,36 @@ def check_folder(
     "Refuse a model folder that could do more than be read."
     root, here = _root(folder), [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
     for path in [*here, *(folder / "additional_chat_templates").glob("*")]:
-        if not path.is_dir(): check_file(path, root)
-    if reason := unfit(folder): raise ValueError(reason)
-    if not (folder / "config.json").is_file(): raise FileNotFoundError(f"{folder}: {_instead(folder)}")
-    for path in {p for pattern in CONFIGS for p in folder.glob(pattern)}: check_config(path)
-    for path in folder.glob("*.index.json"): check_index(path)
+        if not path.is_dir():
+            check_file(path, root)
+    if reason := unfit(folder):
+        raise ValueError(reason)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: {_instead(folder)}")
+    for path in {p for pattern in CONFIGS for p in folder.glob(pattern)}:
+        check_config(path)
+    for path in folder.glob("*.index.json"):
+        check_index(path)
     check_sizes(folder / "config.json")
-    for path in folder.glob("*processor_config.json"): check_processor(path)
+    for path in folder.glob("*processor_config.json"):
+        check_processor(path)
     vocabulary = folder / "tokenizer.json"
-    if vocabulary.is_file(): _check_ids(vocabulary, vocabulary.stat().st_mtime)
-    if not weights: return
+    if vocabulary.is_file():
+        _check_ids(vocabulary, vocabulary.stat().st_mtime)
+    if not weights:
+        return
     if not any(folder.glob("model*.safetensors")):
         _refuse_weights(folder, [p.name for p in here if p.suffix in PICKLES])
     files = sorted(folder.glob("*.safetensors"))
     check_sizes(folder / "config.json", [shape for file in files for shape in shapes_of(file).values()])
 
-
+# %% ../../nbs/base/03_trust.ipynb #a9b43282
 def _refuse_weights(folder: Path, pickles: list[str]) -> None:
     if pickles:
         raise ValueError(f"{folder}: its weights are pickles ({', '.join(pickles[:3])}), which can run code, "
                          f"and are not read; `llava_nb convert {folder} NEW_FOLDER` makes safetensors of them")
-    if (folder / "projector.safetensors").is_file(): raise FileNotFoundError(f"{folder}: {STAGE_1}")
+    if (folder / "projector.safetensors").is_file():
+        raise FileNotFoundError(f"{folder}: {STAGE_1}")
     raise FileNotFoundError(f"{folder}: holds no model*.safetensors; where the hub has only pickles, "
                             "`llava_nb convert OWNER/NAME NEW_FOLDER` fetches and converts them")
 
@@ -369,11 +403,13 @@ def _refuse_weights(folder: Path, pickles: list[str]) -> None:
 def _instead(folder: Path) -> str:
     "The message for a folder without a configuration."
     inside = sorted(p.parent for p in folder.glob("*/config.json"))
-    if inside: return f"holds no config.json; found models in {', '.join(map(str, inside[:3]))}: give one of them"
+    if inside:
+        return f"holds no config.json; found models in {', '.join(map(str, inside[:3]))}: give one of them"
     if any(folder.glob("consolidated*.pth")):
         return ("holds no config.json; it is in Llama's original format; "
                 "give the same model from the hub, in safetensors")
-    if (folder / "projector.safetensors").is_file(): return STAGE_1
+    if (folder / "projector.safetensors").is_file():
+        return STAGE_1
     return "holds no config.json; give a folder that save_pretrained wrote, or an output folder of stage 2"
 
 # %% ../../nbs/base/03_trust.ipynb #1294a752
@@ -414,12 +450,15 @@ def explained(
     but: tuple[type[Exception], ...] = (), # kinds that pass unchanged
 ) -> Iterator[None]:
     "Turn any error that a library raises over a model folder into one line; the cause stays with it."
-    try: yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, *but): raise
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, *but):
+        raise
     except BaseException as e:
         bug = isinstance(e, NameError) or isinstance(getattr(e, "obj", None), ModuleType)      # in code
         about_it = isinstance(e, ValueError | OSError) and str(source) in str(e)
-        if bug or about_it or getattr(e, "errno", None) or type(e).__name__ == "OutOfMemoryError": raise
+        if bug or about_it or getattr(e, "errno", None) or type(e).__name__ == "OutOfMemoryError":
+            raise
         raise ValueError(f"{source}: transformers cannot make {what} of it ({type(e).__name__}: {one_line(e, 300)}); "
                          "fetch it again, or use another model") from e
 
@@ -428,16 +467,20 @@ def explained(
 def _held_back() -> Iterator[None]:
     "Hold back the stderr of native code and write it afterwards; where the block fails, its error is enough."
     with tempfile.TemporaryFile() as kept:
-        if sys.stderr: sys.stderr.flush()
+        if sys.stderr:
+            sys.stderr.flush()
         before = os.dup(2)
         os.dup2(kept.fileno(), 2)
-        try: yield
+        try:
+            yield
         finally:
-            if sys.stderr: sys.stderr.flush()
+            if sys.stderr:
+                sys.stderr.flush()
             os.dup2(before, 2)
             os.close(before)
         kept.seek(0)
-        if text := kept.read().decode("utf-8", "backslashreplace").rstrip(): say(text, error=True)
+        if text := kept.read().decode("utf-8", "backslashreplace").rstrip():
+            say(text, error=True)
 
 # %% ../../nbs/base/03_trust.ipynb #1fa8dabf
 def local(
@@ -449,8 +492,10 @@ def local(
     folder = Path(source).expanduser()
     if not folder.exists() and HUB.fullmatch(str(source)):
         folder = fetched(str(source), FILES + ["*.safetensors"] * weights, local_files_only)
-    if folder.is_file(): raise ValueError(unfit(folder))
-    if not folder.is_dir(): raise FileNotFoundError(f"{source}: no such folder")
+    if folder.is_file():
+        raise ValueError(unfit(folder))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{source}: no such folder")
     check_folder(folder, weights)
     return folder
 
@@ -465,8 +510,10 @@ def load(
     "`kind.from_pretrained` of a folder that passed the checks."
     if "gguf_file" in settings: # numbers and text, like safetensors
         check_file(Path(source) / settings["gguf_file"], Path(source).resolve())
-    else: source = local(source, weights, local_files_only)
-    if weights and "gguf_file" not in settings: settings["use_safetensors"] = True
+    else:
+        source = local(source, weights, local_files_only)
+    if weights and "gguf_file" not in settings:
+        settings["use_safetensors"] = True
     quiet = _held_back() if "Tokenizer" in kind.__name__ else contextlib.nullcontext()
     with explained(source, f"a {kind.__name__}"), quiet:
         return kind.from_pretrained(str(source), trust_remote_code=False, **settings)
