@@ -41,15 +41,17 @@ def _setting(default, help: str): return field(default=default, metadata={"help"
 @dataclass
 class LlavaTrainingArguments(TrainingArguments):
     "transformers' TrainingArguments with LLaVA's defaults and its own fields."
-    stage: int = _setting(2, "1: feature alignment, only the projector trains; 2: visual instruction tuning, projector and LLM.")
+    stage: int = _setting(2, "1: feature alignment, only the projector trains; 2: visual instruction tuning, projector "
+                          "and LLM.")
     projector_lr: float | None = _setting(None, "Learning rate of the projector; None: the same as the LLM's.")
-    sampler: str | None = _setting(None, "'modality': steps of one modality, balanced lengths (stage 2); 'random' (stage 1); "
-                                   "'compat': the reference's order.")
+    sampler: str | None = _setting(None, "'modality': steps of one modality, balanced lengths (stage 2); "
+                                   "'random' (stage 1); 'compat': the reference's order.")
     objective: str = _setting("reference", "Which mean the loss is: 'reference', 'token', 'sample' or 'sqrt'.")
-    max_tokens: int | None = _setting(None, "Longest packed sequence in tokens; each step is cut into the fewest that keep "
-                                      "below it. None: into as many as gradient_accumulation_steps.")
-    recompute: str | None = _setting(None, "What the backward pass computes again to save memory: 'none', 'cheap' (norms and "
-                                     "activations) or 'full' (whole layers). None: full with --gradient_checkpointing, else none.")
+    max_tokens: int | None = _setting(None, "Longest packed sequence in tokens; each step is cut into the fewest that "
+                                      "keep below it. None: into as many as gradient_accumulation_steps.")
+    recompute: str | None = _setting(None, "What the backward pass computes again to save memory: 'none', 'cheap' "
+                                     "(norms and activations) or 'full' (whole layers). None: full with "
+                                     "--gradient_checkpointing, else none.")
     zero: int | None = _setting(None, "ZeRO stage 0, 1, 2 or 3; None: no DeepSpeed, unless --deepspeed names a JSON.")
     offload: bool = _setting(False, "Keep optimizer state (and weights under ZeRO-3) in host memory.")
     max_grad_norm: float = _setting(0.0, "Clip gradients to this norm; 0: no clipping, as LLaVA's published recipe.")
@@ -87,7 +89,7 @@ class PlanSampler(Sampler):
         objective: str = "reference", # see 10_objective
         rank: int = 0,
         dealer: Dealer | None = None, # None: by tokens
-        rows: int | None = None, # of a rank in a step, at least; None: the plan's accumulation without `max_tokens`, else 1
+        rows: int | None = None, # of a rank in a step; None: the plan's accumulation, or with `max_tokens` the fewest
         max_tokens: int | None = None, # of a row
     ):
         if max_tokens: check_max_tokens(plan.lengths, max_tokens)
@@ -116,7 +118,10 @@ class PlanSampler(Sampler):
     def __len__(self) -> int: return self.plan.steps
     def __iter__(self) -> Iterator[list[list[tuple[int, float]]]]: return map(self.step, range(self.plan.steps))
 
-    def work(self, first: int, last: int) -> Work: # of optimizer steps `first` to `last`, exclusive, counted from the run's start
+    def work(self,
+        first: int, # optimizer step, counted from the start of the run
+        last: int, # exclusive
+    ) -> Work:
         "What all ranks do in these steps."
         plan, total = self.plan, Work()
         for k in range(first, last):
@@ -146,7 +151,8 @@ def loading(
     workers = args.dataloader_num_workers
     found = {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
     if not workers: return found
-    return found | {"prefetch_factor": args.dataloader_prefetch_factor, "persistent_workers": args.dataloader_persistent_workers,
+    return found | {"prefetch_factor": args.dataloader_prefetch_factor,
+                    "persistent_workers": args.dataloader_persistent_workers,
                     "multiprocessing_context": args.dataloader_multiprocessing_context}
 
 # %% ../nbs/13_trainer.ipynb #3505dbaf
@@ -156,9 +162,10 @@ def plan_sampler(
     cost: RowCost, # of the model
 ) -> PlanSampler:
     "The plan that the arguments describe, as this rank's steps."
+    seed = args.seed if args.data_seed is None else args.data_seed
     plan = Plan(args.sampler, data.lengths, has_image=data.has_image, word_lengths=data.word_lengths,
                 batch_size=args.per_device_train_batch_size, world_size=args.world_size,
-                accumulation=args.gradient_accumulation_steps, seed=args.seed if args.data_seed is None else args.data_seed)
+                accumulation=args.gradient_accumulation_steps, seed=seed)
     dealer = Dealer(cost.of(data.lengths, data.has_image), data.pictures, cost.image)
     return PlanSampler(plan, data.supervised, args.objective, args.process_index, dealer, max_tokens=args.max_tokens)
 
@@ -191,8 +198,8 @@ class LlavaTrainer(Trainer):
         self.image_processor, self.settings = image_processor, model.config.llava_nb
         set_recompute(model, args.recompute)
         if args.deepspeed: _configure_engine(args, model, self.plan_sampler)
-        super().__init__(model=model, args=_one_batch_a_step(args), train_dataset=train_dataset, eval_dataset=eval_dataset,
-                         data_collator=PackedCollator(shape), processing_class=tokenizer,
+        super().__init__(model=model, args=_one_batch_a_step(args), train_dataset=train_dataset,
+                         eval_dataset=eval_dataset, data_collator=PackedCollator(shape), processing_class=tokenizer,
                          callbacks=[_EpochOf(self.plan_sampler), *(callbacks or [])])
 
     def get_train_dataloader(self) -> DataLoader: # of whole steps
@@ -200,14 +207,14 @@ class LlavaTrainer(Trainer):
         return DataLoader(WeightedDataset(self.train_dataset), batch_sampler=self.plan_sampler,
                           collate_fn=partial(collate_rows, self.data_collator), **loading(self.args))
 
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int: return self.plan_sampler.plan.global_batch_size
+    def get_total_train_batch_size(self, args) -> int: return self.plan_sampler.plan.global_batch_size
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         "Four groups, or two without a rate for the projector."
         if self.optimizer is None:
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.args.projector_lr)
-            self.optimizer = cls(groups, **kwargs)
+            rates = self.args.learning_rate, self.args.weight_decay, self.args.projector_lr
+            self.optimizer = cls(parameter_groups(self.model, *rates), **kwargs)
         return self.optimizer
 
     def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor: # the step's loss
@@ -231,20 +238,23 @@ class LlavaTrainer(Trainer):
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         "This rank's part of the step's weighted loss, scaled for the engines' mean over ranks."
         learning = self.model.training      # an engine's eval() reaches its module alone
-        alone = learning and self.plan_sampler.plan.mode == "modality" and not len(inputs["picture_of"])     # no rank has an image
-        row, vocabulary = inputs | {"tower": not alone}, self.settings["text_vocab_size"]
-        loss = row_loss(model, row, vocabulary, self.model.config.image_token_id) * (self.args.world_size if learning else 1)
+        one_modality = learning and self.plan_sampler.plan.mode == "modality"
+        row = inputs | {"tower": not one_modality or len(inputs["picture_of"]) > 0}      # else no rank has an image
+        loss = row_loss(model, row, self.settings["text_vocab_size"], self.model.config.image_token_id)
+        loss = loss * (self.args.world_size if learning else 1)
         return (loss, {}) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         "Stage 1: the projector. Stage 2: the whole model, gathered where ZeRO-3 has partitioned it."
         whole = self.args.stage == 2 and self.is_deepspeed_enabled
-        state = projector_state(self.model) if self.args.stage == 1 else self.accelerator.get_state_dict(self.deepspeed) if whole else None
+        if self.args.stage == 1: state = projector_state(self.model)
+        else: state = self.accelerator.get_state_dict(self.deepspeed) if whole else None
         if self.args.should_save: self.write(output_dir or self.args.output_dir, state)
 
     def write(self, folder: str, state: dict | None, written: Callable[[str], None] = lambda part: None) -> None:
         "Write gathered weights and what goes with them; `written` is told of each part."
-        if self.args.stage == 2: return save_llava(self.model, folder, self.processing_class, self.image_processor, state, written=written)
+        if self.args.stage == 2:
+            return save_llava(self.model, folder, self.processing_class, self.image_processor, state, written=written)
         save_projector(self.model, folder, state)
         written("weights")
         saved_tokenizer(self.model.config, self.processing_class).save_pretrained(folder)

@@ -64,28 +64,14 @@ class CheckpointWriter:
             fail_point("save.made_with")
         seal(folder)
         with together():
-            if self.lead: self._rotate(folder, state)
-
-    def _rotate(self, folder: Path, state: TrainerState) -> None:
-        self.check_hold()
-        note(self.folder, sealed=folder.name)
-        fail_point("save.noted")
-        if self.keep: rotate(self.folder, self.keep, spare=self.spared(state))
+            if self.lead: _note_and_rotate(self, folder, state)
 
     def _failed(self, folder: Path, state: TrainerState, error: StorageFailed) -> None:
         self.failed += 1
         counts = (folder / MANIFEST).is_file()
-        if self.lead: self._alarm(folder, counts, error)
+        if self.lead: _alarm(self, folder, counts, error)
         if not counts: state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best
         if self.failed == self.patience: raise error
-
-    def _alarm(self, folder: Path, counts: bool, error: StorageFailed) -> None:
-        with contextlib.suppress(OSError):
-            self.check_hold()           # the folder may be another run's by now
-            if not counts: clear(folder)
-        what = "is sealed, and what comes after that failed" if counts else "could not be saved"
-        say(f"ALARM: {folder.name} {what} ({one_line(error)}); training goes on, "
-            f"{self.failed} of {self.patience} failures in a row that end it", error=True)
 
     def check_hold(self) -> None:
         "Raise where the folder is no longer the one that this run holds."
@@ -97,6 +83,21 @@ class CheckpointWriter:
         if step is None and self.resumed:
             step = read_object(Path(self.resumed) / "trainer_state.json").get("best_global_step")
         return [self.folder / f"checkpoint-{step}"] if self.keep_best and step else []
+
+# %% ../../nbs/safe/19_checkpoint_writer.ipynb #d589dd83
+def _note_and_rotate(writer: CheckpointWriter, folder: Path, state: TrainerState) -> None:
+    writer.check_hold()
+    note(writer.folder, sealed=folder.name)
+    fail_point("save.noted")
+    if writer.keep: rotate(writer.folder, writer.keep, spare=writer.spared(state))
+
+def _alarm(writer: CheckpointWriter, folder: Path, counts: bool, error: StorageFailed) -> None:
+    with contextlib.suppress(OSError):
+        writer.check_hold()           # the folder may be another run's by now
+        if not counts: clear(folder)
+    what = "is sealed, and what comes after that failed" if counts else "could not be saved"
+    say(f"ALARM: {folder.name} {what} ({one_line(error)}); training goes on, "
+        f"{writer.failed} of {writer.patience} failures in a row that end it", error=True)
 
 def _best(state: TrainerState) -> tuple[float | None, int | None, str | None]:
     return state.best_metric, state.best_global_step, state.best_model_checkpoint

@@ -43,7 +43,8 @@ def weight_bytes(
     model: torch.nn.Module, # partitioned or not
 ) -> int:
     "What the weights that are saved take."
-    whole = any("language_model" in name for name, p in model.named_parameters() if p.requires_grad)       # else stage 1
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    whole = any("language_model" in name for name in trained)       # else stage 1
     return sum(full_size(p) * p.element_size() for p in model.parameters() if whole or p.requires_grad)
 
 def checkpoint_bytes(

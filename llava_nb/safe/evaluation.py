@@ -23,7 +23,7 @@ from ..trainer import LlavaTrainer, WeightedDataset, collate_rows, loading
 
 # %% ../../nbs/safe/20_evaluation.ipynb #5415093f
 class HeldOut(Sampler):
-    "One rank's rows of a held-out set: every record once, in order; a rank that has none left repeats one with weight 0."
+    "One rank's share of a held-out set, every record once; a rank that has none left repeats one with weight 0."
     def __init__(self,
         records: int, # of the set
         size: int, # records of a row

@@ -8,8 +8,8 @@ __all__ = ['export', 'load_best']
 # %% ../../nbs/safe/22_export.ipynb #f2f453db
 from pathlib import Path
 
-from ..fast.engine import unpartitioned
 from ..base.terminal import say
+from ..fast.engine import unpartitioned
 from ..fast.zero import from_all_ranks
 from .checkpoint_writer import CheckpointWriter
 from .disk_space import missing_of
@@ -29,8 +29,7 @@ def export(
     with together():
         fail_point("export.begin")
         if lead: writer.check_hold()
-    missing = "all" if trained else missing_of(out, writer.resumed, trainer.state.global_step, writer.recipe) if lead else ""
-    missing = from_all_ranks(missing)[0]
+    missing = from_all_ranks(_missing(trainer, writer, trained) if lead else "")[0]
     if missing == "nothing": return
     if missing == "all":
         if writer.keep_best: load_best(trainer)
@@ -39,6 +38,10 @@ def export(
         if lead:
             writer.check_hold()
             publish(out / "exporting", out)
+
+def _missing(trainer: LlavaTrainer, writer: CheckpointWriter, trained: bool) -> str:
+    if trained: return "all"
+    return missing_of(Path(trainer.args.output_dir), writer.resumed, trainer.state.global_step, writer.recipe)
 
 def _write(trainer: LlavaTrainer, made: Path) -> None:
     lead = trainer.args.should_save

@@ -35,7 +35,8 @@ def made_with(
     found = {name: str(getattr(args, name)) for name in SETTINGS}
     found |= {"weights": "16 bits, master copies" if half else "float32", "code": code_version()}
     found["global_batch"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    if args.sampler == "compat": found["ranks"] = "one" if args.world_size == 1 else "several"      # the reference draws another order on one
+    if args.sampler == "compat":        # the reference draws another order on one rank
+        found["ranks"] = "one" if args.world_size == 1 else "several"
     return found | ({} if dataset is None else _records(dataset) | _images(dataset))
 
 def _short(data: bytes) -> str: return hashlib.sha256(data).hexdigest()[:12]
