@@ -37,7 +37,8 @@ class Feed:
     ):
         self.source, self.sampler, self.workers, self.beat = source, sampler, workers, beat
         self.first, self.given = step, 0
-        self.ahead, self.early = max(1, workers * prefetch), inspect.isgenerator(source)       # accelerate's, on a resume, holds one back
+        self.ahead = max(1, workers * prefetch)
+        self.early = inspect.isgenerator(source)       # accelerate's, on a resume, holds one back
 
     def __next__(self):
         self.beat("data")
@@ -99,7 +100,8 @@ class TrainingWatchdog(Watchdog, TrainerCallback):
         self.heart.beat("step")
         if self.trainer and (torch.cuda.is_available() if args.preflight is None else args.preflight):
             tokens, images = preflight(self.trainer)
-            if state.is_world_process_zero: say(f"preflight: the longest row, {tokens:,} tokens and {images} images, fits")
+            fits = f"preflight: the longest row, {tokens:,} tokens and {images} images, fits"
+            if state.is_world_process_zero: say(fits)
             self.heart.beat("step")
 
     def on_substep_end(self, args, state, control, **kwargs):
