@@ -1508,6 +1508,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'llava_nb/store/conversion.py')},
             'llava_nb.store.dataset': { 'llava_nb.store.dataset.BadRecords': ('store/dataset.html#badrecords', 'llava_nb/store/dataset.py'),
                                         'llava_nb.store.dataset.TooManyBad': ('store/dataset.html#toomanybad', 'llava_nb/store/dataset.py'),
+                                        'llava_nb.store.dataset.UndecodableImage': ( 'store/dataset.html#undecodableimage',
+                                                                                     'llava_nb/store/dataset.py'),
                                         'llava_nb.store.dataset.ValidatedDataset': ( 'store/dataset.html#validateddataset',
                                                                                      'llava_nb/store/dataset.py'),
                                         'llava_nb.store.dataset.ValidatedDataset.__init__': ( 'store/dataset.html#validateddataset.__init__',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAUSES', 'SHOWN', 'read_again', 'stopping', 'BadRecords', 'TooManyBad', 'check_budget', 'report', 'check_problems',
-           'ValidatedDataset', 'estimate_lengths']
+           'UndecodableImage', 'ValidatedDataset', 'estimate_lengths']
 
 # %% ../../nbs/store/08_dataset.ipynb #83984d6a
 import errno
@@ -107,7 +107,10 @@ def check_problems(
     check_budget(len(found.problems), total, max_bad)
     if not len(found): raise ValueError(f"{f'{name}: ' if name else ''}no record to train on")
 
-# %% ../../nbs/store/08_dataset.ipynb #b3b0c849
+# %% ../../nbs/store/08_dataset.ipynb #14015b1a
+class UndecodableImage(ValueError):
+    "A file whose bytes are no image that can be decoded. A worker process passes the type on."
+
 class ValidatedDataset(LlavaDataset):
     "Validated records as token ids, labels and pixels."
     def __init__(self,
@@ -149,7 +152,8 @@ class ValidatedDataset(LlavaDataset):
         name = f"{self.source}/{image}"
         try: return read_again(lambda: self.image_transform(self.source.open(image)), name)
         except Exception as e:      # Pillow's decoders raise a dozen kinds; the name of the file matters more
-            raise ValueError(str(self.records.place(i, BadRecord("unreadable", *_why(e), name)))) from e
+            refused = ValueError if isinstance(e, OSError) else UndecodableImage
+            raise refused(str(self.records.place(i, BadRecord("unreadable", *_why(e), name)))) from e
 
     def write_quarantine(self,
         path: str | Path, # JSONL
