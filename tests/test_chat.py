@@ -174,8 +174,8 @@ def test_the_model_s_training_mode_is_put_back(parts):
 
 
 @pytest.mark.parametrize("text,image,message", [
-    ("<image> What?", None, "1 <image> and no picture was given"),
-    ("<image> or <image>?", 0, "2 <image> and one picture was given"),
+    ("<image> What?", None, "1 <image> and no image was given"),
+    ("<image> or <image>?", 0, "2 <image> and one image was given"),
     ("  ", None, "the question is empty"),
     ("a \ufdd0 b", None, r"holds U\+FDD0"),
     ("why? " * 3000, None, r"takes [\d,]+ tokens .*context ends at 2,048"),
@@ -272,7 +272,7 @@ def test_command_line(parts, saved, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", typed)
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert out.count(answers[0]) >= 2 and answers[2] in out and "no picture was given" in out and "nowhere.png" in out
+    assert out.count(answers[0]) >= 2 and answers[2] in out and "no image was given" in out and "nowhere.png" in out
     assert main([str(tmp_path / "none" / "x"), "--ask", "?"]) == 2
     assert capsys.readouterr().err.startswith("llava_nb chat: ")
 

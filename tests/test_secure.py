@@ -619,8 +619,8 @@ def test_a_picture_is_a_path_never_an_address(start):
 
 def test_counts_context_and_template_of_a_question(start):
     talk = chat.Chat.from_pretrained(start, template="v1", device="cpu")
-    with pytest.raises(ValueError, match="2 <image> and one picture"): talk.ask("<image> <image>", image=Image.new("RGB", (60, 60)))
-    with pytest.raises(ValueError, match="1 <image> and no picture"): talk.ask("<image> what?")
+    with pytest.raises(ValueError, match="2 <image> and one image"): talk.ask("<image> <image>", image=Image.new("RGB", (60, 60)))
+    with pytest.raises(ValueError, match="1 <image> and no image"): talk.ask("<image> what?")
     talk.prompter.context = 20
     with pytest.raises(ValueError, match="context ends at 20"): talk.ask("What is this?", image=Image.new("RGB", (60, 60)))
     with pytest.raises(ValueError, match="unknown"): chat.Chat.from_pretrained(start, template="v7", device="cpu")

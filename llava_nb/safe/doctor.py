@@ -249,13 +249,13 @@ def strip(
     try: encoded = gate.encoder(gate.template.segments(validate_record(record)))
     except ValueError: return f"<pre>{_html(shown(masked(record), 1500))}</pre>"
     ids, to_token = encoded.input_ids[:longest], gate.encoder.tokenizer.convert_ids_to_tokens
-    tokens = ["<image>" if i == gate.encoder.image_token_id else to_token(i) for i in ids]
+    tokens = ["<image>" if i == gate.encoder.image_token_id else printable(to_token(i)) for i in ids]
     more = f"<p>and {len(encoded.input_ids) - longest:,} more tokens" if len(encoded.input_ids) > longest else ""
     return token_html(tokens, [label != IGNORE_INDEX for label in encoded.labels[:longest]]) + more
 
 def _html(value: object) -> str:
-    "A text of somebody else on the page: passwords masked, markup escaped."
-    return escape(masked(str(value)))
+    "Text of a record on the page: passwords masked, markup and control characters escaped."
+    return escape(printable(masked(str(value))))
 
 # %% ../../nbs/safe/08_doctor.ipynb #0cc9eb72
 WHOLE = 3       # problems of a kind that are shown with image and text
