@@ -14,7 +14,7 @@ ENV    = PATH="$(BIN):$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(if
 PYTEST = $(ENV) OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 NBTEST = $(ENV) PYTHONPATH=$(CURDIR)/tests/no_network OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n-workers 2
 
-.PHONY: help demo test floor test-all torture audit bench export notebooks readme lab
+.PHONY: help demo test lint format floor test-all torture audit bench export notebooks readme lab
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -23,15 +23,22 @@ help:            ## this list
 demo: $(STAMP)   ## real weights, real pictures: two stages of training, an evaluation and a chat, in runs/demo
 	$(ENV) $(BIN)/python -m llava_nb.demo
 
-test: $(STAMP)   ## the sync test, every notebook, every fast test
+test: lint       ## lint, the sync test, every notebook, every fast test
 	$(PYTEST) tests/test_sync.py
 	$(NBTEST)
 	$(PYTEST) tests --ignore tests/test_sync.py -n 2 --dist loadfile -m "not slow"
 
+lint: $(STAMP)   ## format and names of notebooks, tests, bench and tools (ruff)
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/ruff check --quiet
+
+format: $(STAMP) ## bring them into that format
+	$(BIN)/ruff format --quiet
+
 floor:           ## make test on the lowest versions that settings.ini allows, in an environment of its own
 	$(MAKE) --no-print-directory test VENV=$(VENV)-floor CONSTRAINTS=constraints-floor.txt
 
-test-all: $(STAMP) ## the same and what is slow: cells flagged so, and runs with several ranks
+test-all: lint     ## the same and what is slow: cells flagged so, and runs with several ranks
 	$(PYTEST) tests/test_sync.py
 	$(NBTEST) --flags slow --cell-timeout 2400
 	$(PYTEST) tests --ignore tests/test_sync.py -n 2 --dist loadfile --deselect tests/test_soak.py
