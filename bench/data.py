@@ -28,15 +28,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import CLIPImageProcessorPil
 
 from llava_nb.conversation import get_template
+from llava_nb.dataset import encode
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.dataset import encode
 from llava_nb.store.conversion import validate_files
-from llava_nb.store.validate import BLOCK, Gate
 from llava_nb.store.shards import Shards, write_shards
+from llava_nb.store.validate import BLOCK, RecordValidator
 
 ROOT = Path(__file__).parent.parent
-gate = lambda: Gate(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 576, 2048))  # noqa: E731
+gate = lambda: RecordValidator(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 576, 2048))  # noqa: E731
 
 
 def write(path: Path, n: int, words: int | None, seed: int = 0) -> None:

@@ -45,26 +45,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from device import Sampled  # noqa: I001
 from PIL import Image
+from plan import cpu_name
+from step import VARIANTS  # which puts the repository on the path
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessorPil
 
-from step import VARIANTS  # which puts the repository on the path
-from device import Sampled  # noqa: I001
-from plan import cpu_name
-
 from llava_nb.fast.attention import BACKENDS, register_attention, use_attention
 from llava_nb.fast.cross_entropy import LOSS_KERNELS, use_loss_kernel
+from llava_nb.fast.meter import Meter, device_rates, row_cost, work_of
+from llava_nb.fast.recompute import RECOMPUTE, set_recompute
+from llava_nb.fast.zero import bytes_per_rank
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import freeze, llava_config, meta_llava, parts, prepare, shape_of
 from llava_nb.masking import IGNORE_INDEX
-from llava_nb.fast.meter import Meter, device_rates, row_cost, work_of
-from llava_nb.fast.recompute import RECOMPUTE, set_recompute
 from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
-from llava_nb.packing import Dealer, collate_packed, collate_padded, rows_of_step
+from llava_nb.packing import RowBalancer, collate_packed, collate_padded, rows_of_step
 from llava_nb.sampler import Plan, mix665k_sample
-from llava_nb.fast.zero import bytes_per_rank
 
 CUDA, DEVICE = torch.cuda.is_available(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ARCHITECTURES = Path(__file__).resolve().parent.parent / "llava_nb" / "data" / "architectures"
@@ -235,7 +234,7 @@ class Steps(Dataset):
     ):
         self.mixture, self.dealer, self.packed, self.attention = (
             mixture,
-            Dealer(costs),
+            RowBalancer(costs),
             variant == "ours",
             "sdpa" if variant == "stock" else attention,
         )
@@ -390,8 +389,22 @@ def profiled(model, steps: Steps, order: list[int], file: Path) -> list[dict]:
 def head_of(first: str, meter: Meter) -> list[str]:
     "What the columns of `row_of` are."
     rates = [f"strict MFU, {name}" for name in meter.rates]
-    return ["", "real tokens/s", "quartiles", f"{first} is faster by", "over all steps", *rates, "waiting for data",
-            "peak memory", "power", "SM clock", "padding", "micro-steps", "loss", "losses apart"]
+    return [
+        "",
+        "real tokens/s",
+        "quartiles",
+        f"{first} is faster by",
+        "over all steps",
+        *rates,
+        "waiting for data",
+        "peak memory",
+        "power",
+        "SM clock",
+        "padding",
+        "micro-steps",
+        "loss",
+        "losses apart",
+    ]
 
 
 def row_of(v: str, columns: dict[str, dict], device: dict, steps: Steps, common: list[int], meter: Meter) -> list[str]:
@@ -402,20 +415,33 @@ def row_of(v: str, columns: dict[str, dict], device: dict, steps: Steps, common:
     padding = 1 - tokens.sum() / sum(map(steps.positions, common))
     readings = {"power_w": "W", "sm_mhz": "MHz"}
     taken = [f"{device[name]:,.0f} {unit}" if name in device else "not taken" for name, unit in readings.items()]
-    quartiles = "{:,.0f} to {:,.0f}".format(*np.quantile(tokens / seconds, (.25, .75)))
-    return [v, f"{np.median(tokens / seconds):,.0f}", quartiles,
-            f"{np.median(seconds / first['seconds']):.2f}x", f"{seconds.sum() / first['seconds'].sum():.2f}x",
-            *(f"{u:.2%}" for u in used), f"{own['waited'].sum() / seconds.sum():.1%}",
-            f"{own['peak'].max() / 1e9:.1f} GB" if CUDA else "not taken", *taken, f"{padding:.1%}",
-            f"{np.mean([len(steps.rows(k)) for k in common]):.1f}", f"{own['loss'].mean():.6f}",
-            f"{abs(own['loss'] - first['loss']).max():.1e}"]
+    quartiles = "{:,.0f} to {:,.0f}".format(*np.quantile(tokens / seconds, (0.25, 0.75)))
+    return [
+        v,
+        f"{np.median(tokens / seconds):,.0f}",
+        quartiles,
+        f"{np.median(seconds / first['seconds']):.2f}x",
+        f"{seconds.sum() / first['seconds'].sum():.2f}x",
+        *(f"{u:.2%}" for u in used),
+        f"{own['waited'].sum() / seconds.sum():.1%}",
+        f"{own['peak'].max() / 1e9:.1f} GB" if CUDA else "not taken",
+        *taken,
+        f"{padding:.1%}",
+        f"{np.mean([len(steps.rows(k)) for k in common]):.1f}",
+        f"{own['loss'].mean():.6f}",
+        f"{abs(own['loss'] - first['loss']).max():.1e}",
+    ]
 
 
 def table(found: dict[str, dict[int, Timed]], read: dict[str, dict], steps: dict[str, Steps], meter: Meter) -> str:
     "Markdown, a row a variant, over the steps that all have done."
     common = sorted(set.intersection(*map(set, found.values()))) if found else []
-    if not common: raise SystemExit("no step was done by all variants: give more --minutes, or lower --max-tokens")
-    def column(done: dict[int, Timed], name: str): return np.array([getattr(done[k], name) for k in common])
+    if not common:
+        raise SystemExit("no step was done by all variants: give more --minutes, or lower --max-tokens")
+
+    def column(done: dict[int, Timed], name: str):
+        return np.array([getattr(done[k], name) for k in common])
+
     columns = {v: {f.name: column(done, f.name) for f in fields(Timed)} for v, done in found.items()}
     head = head_of(next(iter(found)), meter)
     lines = [head, ["---"] * len(head), *(row_of(v, columns, read.get(v, {}), steps[v], common, meter) for v in found)]
@@ -464,12 +490,12 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
-def fitting(p: argparse.ArgumentParser, wanted: str | None) -> str: # a key of SHAPES
+def fitting(p: argparse.ArgumentParser, wanted: str | None) -> str:  # a key of SHAPES
     "The shape that was asked for, or the largest that this GPU holds."
     room = torch.cuda.get_device_properties(0).total_memory if CUDA else 0
-    name = wanted or next((n for n in ("7b", "1b") if model_state(configuration(SHAPES[n])) < .9 * room), "toy")
+    name = wanted or next((n for n in ("7b", "1b") if model_state(configuration(SHAPES[n])) < 0.9 * room), "toy")
     held = model_state(configuration(SHAPES[name]))
-    if CUDA and held > .9 * room:
+    if CUDA and held > 0.9 * room:
         p.error(f"{name} holds {held / 1e9:.0f} GB before any activation, this GPU {room / 1e9:.0f} GB in all")
     return name
 
@@ -478,11 +504,18 @@ def described(args, name: str, model, meter: Meter) -> list[str]:
     "What was measured, where and how."
     where = torch.cuda.get_device_name() if CUDA else f"{torch.get_num_threads()} threads of {cpu_name()}"
     size, dtype = sum(p.numel() for p in model.parameters()), str(model.dtype).removeprefix("torch.")
-    return [f"{date.today():%d %B %Y}", where, f"torch {torch.__version__}", f"transformers {transformers.__version__}",
-            f"`{' '.join(['python bench/gpu.py', *sys.argv[1:]])}`", f"{name} ({size / 1e6:,.1f}M parameters, {dtype})",
-            f"loss {args.loss_kernel}", f"recompute {' and '.join(args.recompute or [SHAPES[name].recompute])}",
-            f"at most {args.max_tokens or SHAPES[name].max_tokens:,} tokens a micro-step, chosen by {args.rows}",
-            *(f"{n} {r / 1e12:,.2f} TFLOP/s" for n, r in meter.rates.items())]
+    return [
+        f"{date.today():%d %B %Y}",
+        where,
+        f"torch {torch.__version__}",
+        f"transformers {transformers.__version__}",
+        f"`{' '.join(['python bench/gpu.py', *sys.argv[1:]])}`",
+        f"{name} ({size / 1e6:,.1f}M parameters, {dtype})",
+        f"loss {args.loss_kernel}",
+        f"recompute {' and '.join(args.recompute or [SHAPES[name].recompute])}",
+        f"at most {args.max_tokens or SHAPES[name].max_tokens:,} tokens a micro-step, chosen by {args.rows}",
+        *(f"{n} {r / 1e12:,.2f} TFLOP/s" for n, r in meter.rates.items()),
+    ]
 
 
 def main() -> None:
@@ -508,9 +541,12 @@ def main() -> None:
         told = {"about": about, "table": table(found, read, steps, meter), "notes": notes, "device": read}
         print(", ".join(about), told["table"], *notes, sep="\n\n", flush=True)
         told["steps"] = {v: {str(k): asdict(t) for k, t in done.items()} for v, done in found.items()}
-        if args.json: args.json.write_text(json.dumps(told, indent=1))
-        if args.trace: told["longest"] = profiled(model, next(iter(steps.values())), order, args.trace)
-        if args.json: args.json.write_text(json.dumps(told, indent=1))
+        if args.json:
+            args.json.write_text(json.dumps(told, indent=1))
+        if args.trace:
+            told["longest"] = profiled(model, next(iter(steps.values())), order, args.trace)
+        if args.json:
+            args.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":

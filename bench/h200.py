@@ -4,6 +4,7 @@ A stage keeps what it has found in OUT/STAGE.json as it goes, so that what it ha
 OUT/summary.json has a line for each: whether it did all it should, why not, its seconds, what it found.
 The stages are in bench/stages.py.
 """
+
 import argparse
 import json
 import os
@@ -20,17 +21,18 @@ import stages
 from device import Sampled
 from stages import ROOT
 
-CHARACTERS = 40_000                 # of a stage's output that are kept: its end
-TOY = 900                           # seconds that a stage may take with --toy, on two busy cores
-MINUTES = {1: 7.5, 2: 6.0}          # of each part: two commands, with their starts, in 15
+CHARACTERS = 40_000  # of a stage's output that are kept: its end
+TOY = 900  # seconds that a stage may take with --toy, on two busy cores
+MINUTES = {1: 7.5, 2: 6.0}  # of each part: two commands, with their starts, in 15
 
 
 @dataclass
 class Stage:
     "One question to the machine."
-    part: int           # of the two commands that all of it takes
-    seconds: int        # that it may take
-    work: Callable      # (args, keep) -> what went wrong, a line each
+
+    part: int  # of the two commands that all of it takes
+    seconds: int  # that it may take
+    work: Callable  # (args, keep) -> what went wrong, a line each
 
 
 SEVEN = "--shape", "7b", "--max-tokens", "8192"
@@ -42,12 +44,22 @@ STAGES = {
     "resume": Stage(1, 90, stages.resume),
     "train1b": Stage(1, 100, stages.by_train("1b", 25, zero=2, max_tokens=16_384)),
     "bench1b": Stage(1, 110, stages.by_bench("--shape", "1b", "--steps", "24", "--minutes", "1.4")),
-    "bench7b": Stage(2, 150, stages.by_bench(
-        *SEVEN, "--variants", "ours", "--recompute", "full", "cheap", "--steps", "12", "--minutes", "2")),
+    "bench7b": Stage(
+        2,
+        150,
+        stages.by_bench(
+            *SEVEN, "--variants", "ours", "--recompute", "full", "cheap", "--steps", "12", "--minutes", "2"
+        ),
+    ),
     "train7b": Stage(2, 150, stages.by_train("7b", 8, zero=3, recompute="full", max_tokens=8192)),
-    "padded7b": Stage(2, 120, stages.by_bench(
-        *SEVEN, "--variants", "ours", "padded", "stock", "--recompute", "full", "--steps", "8", "--minutes", "1.6")),
-    "testsflex": Stage(2, 120, stages.by_pytest("flex")),      # which compiles for every shape: apart, and last
+    "padded7b": Stage(
+        2,
+        120,
+        stages.by_bench(
+            *SEVEN, "--variants", "ours", "padded", "stock", "--recompute", "full", "--steps", "8", "--minutes", "1.6"
+        ),
+    ),
+    "testsflex": Stage(2, 120, stages.by_pytest("flex")),  # which compiles for every shape: apart, and last
 }
 
 
@@ -57,7 +69,7 @@ def write(file: Path, found: dict) -> None:
     file.with_suffix(".part").replace(file)
 
 
-def work(args) -> int: # exit code
+def work(args) -> int:  # exit code
     "Inside the stage's process."
     found, file = {}, args.out / f"{args.work}.json"
 
@@ -72,13 +84,19 @@ def work(args) -> int: # exit code
 
 def end(leader: int) -> None:
     "Kill a stage and all that it has started, in whatever session."
-    try: below = psutil.Process(leader).children(recursive=True)
-    except psutil.NoSuchProcess: below = []
+    try:
+        below = psutil.Process(leader).children(recursive=True)
+    except psutil.NoSuchProcess:
+        below = []
     for p in below:
-        try: p.kill()
-        except psutil.NoSuchProcess: pass
-    try: os.killpg(leader, 9)
-    except ProcessLookupError: pass
+        try:
+            p.kill()
+        except psutil.NoSuchProcess:
+            pass
+    try:
+        os.killpg(leader, 9)
+    except ProcessLookupError:
+        pass
 
 
 def ended(name: str, args, limit: float) -> tuple[int | None, str, dict]:
@@ -90,8 +108,10 @@ def ended(name: str, args, limit: float) -> tuple[int | None, str, dict]:
     with Sampled() as device, tempfile.TemporaryFile("w+", errors="replace") as log, stages.folder() as own:
         env = os.environ | {"TMPDIR": own}
         process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True, cwd=ROOT, env=env)
-        try: code = process.wait(limit)
-        except subprocess.TimeoutExpired: code = None
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = None
         end(process.pid)
         process.wait()
         log.seek(0)
@@ -99,14 +119,16 @@ def ended(name: str, args, limit: float) -> tuple[int | None, str, dict]:
     return code, said, device.found
 
 
-def run(name: str, args, limit: float) -> dict: # its line of the summary
+def run(name: str, args, limit: float) -> dict:  # its line of the summary
     "One stage."
     file, begun = args.out / f"{name}.json", time.monotonic()
     file.unlink(missing_ok=True)
     code, said, device = ended(name, args, limit)
     found = json.loads(file.read_text())["found"] if file.is_file() else {}
-    if code is None: why = f"ended after its {limit:.0f} s"
-    else: why = "; ".join(found.get("wrong", [])) or (f"exit code {code}: {stages.last_line(said)}" if code else "")
+    if code is None:
+        why = f"ended after its {limit:.0f} s"
+    else:
+        why = "; ".join(found.get("wrong", [])) or (f"exit code {code}: {stages.last_line(said)}" if code else "")
     told = line(name, why, time.monotonic() - begun, limit, found.get("headline", ""), device)
     write(file, told | {"found": found, "log": said})
     return told
@@ -114,8 +136,15 @@ def run(name: str, args, limit: float) -> dict: # its line of the summary
 
 def line(name: str, why: str, seconds: float = 0, limit: float = 0, headline: str = "", device: dict = {}) -> dict:
     "A stage's line of the summary."
-    return {"stage": name, "ok": not why, "why": why, "seconds": round(seconds, 1), "limit": round(limit),
-            "headline": headline, "device": device}
+    return {
+        "stage": name,
+        "ok": not why,
+        "why": why,
+        "seconds": round(seconds, 1),
+        "limit": round(limit),
+        "headline": headline,
+        "device": device,
+    }
 
 
 def table(told: list[dict]) -> str:
@@ -142,13 +171,16 @@ def arguments() -> argparse.ArgumentParser:
     return p
 
 
-def main() -> int: # exit code
+def main() -> int:  # exit code
     p = arguments()
     args = p.parse_args()
-    if args.toy: os.environ["TORCH_COMPILE_DISABLE"] = "1"      # a minute a kernel, which then has no backward pass
-    if args.work: return work(args)
+    if args.toy:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # a minute a kernel, which then has no backward pass
+    if args.work:
+        return work(args)
     unknown = sorted(set(args.stages) - {"1", "2", *STAGES})
-    if unknown: p.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    if unknown:
+        p.error(f"no such stage: {', '.join(unknown)}; there are {', '.join(STAGES)}")
     names = [n for n, s in STAGES.items() if not args.stages or {n, str(s.part)} & set(args.stages)]
     limits = {n: TOY if args.toy else STAGES[n].seconds for n in names}
     limits |= {n: float(s) for n, s in (word.split("=") for word in args.limit)}
@@ -167,4 +199,5 @@ def main() -> int: # exit code
     return int(not all(t["ok"] for t in told))
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

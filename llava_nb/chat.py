@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, DynamicCache, LlavaConfig, LlavaForCondi
 from transformers import PreTrainedTokenizerBase
 
 import llava_nb.base.trust as trust
-from .checkpoint import as_trained, stops, unsayable
+from .checkpoint import as_trained, stops, suppressed_token_ids
 from .conversation import IMAGE_TOKEN, normalise
 from .base.image_files import MAX_BYTES, Refused, check_size
 from .imageproc import ImageTransform
@@ -33,199 +33,248 @@ from .vision import image_processor_for
 
 # %% ../nbs/14_chat.ipynb #e7e32340
 def next_token(
-    logits: torch.Tensor,                      # [V], of the last position
-    banned: Sequence[int] = (),                # ids that are never chosen
-    temperature: float = 0.0,                  # 0: the most probable token
+    logits: torch.Tensor,  # [V], of the last position
+    banned: Sequence[int] = (),  # ids that are never chosen
+    temperature: float = 0.0,  # 0: the most probable token
     generator: torch.Generator | None = None,  # for temperature > 0; None: torch's global one
 ) -> int:
     "Choose the next token."
     if not torch.isfinite(logits).all():
-        raise FloatingPointError("the model's logits are not finite (NaN or infinity): its weights are damaged, "
-                                 "or its dtype overflows; try dtype=float32")
+        raise FloatingPointError(
+            "the model's logits are not finite (NaN or infinity): its weights are damaged, "
+            "or its dtype overflows; try dtype=float32"
+        )
     logits = logits.float().cpu().clone()
     logits[list(banned)] = float("-inf")
-    if temperature <= 0: return int(logits.argmax())
+    if temperature <= 0:
+        return int(logits.argmax())
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 # %% ../nbs/14_chat.ipynb #1cf46f98
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     "Number of leading ids that two sequences share."
-    if a[:len(b)] == b[:len(a)]: return min(len(a), len(b))
+    if a[: len(b)] == b[: len(a)]:
+        return min(len(a), len(b))
     return next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     "A model in evaluation mode inside, as it was afterwards."
     training = model.training
     model.train(False)
-    try: yield
-    finally: model.train(training)
+    try:
+        yield
+    finally:
+        model.train(training)
 
 # %% ../nbs/14_chat.ipynb #37767253
 class Reader:
     "A model with what it has read: ids, images and their keys and values."
+
     def __init__(self, model: LlavaForConditionalGeneration):
         self.model = model
-        self.computed = 0   # positions, since the reader was made
+        self.computed = 0  # positions, since the reader was made
         self.forget()
 
-    def forget(self) -> None: self.ids, self.images, self.cache = [], [], DynamicCache()
+    def forget(self) -> None:
+        self.ids, self.images, self.cache = [], [], DynamicCache()
 
     def known(self, ids: list[int], spans: Sequence[tuple[int, int]], images: Sequence[torch.Tensor]) -> int:
         "Number of leading positions that need not be read again; never ends inside an image."
-        n = min(common_prefix(self.ids, ids), len(ids) - 1)     # the last one gives the logits
+        n = min(common_prefix(self.ids, ids), len(ids) - 1)  # the last one gives the logits
         for k, (start, end) in enumerate(spans):
             same = k < len(self.images) and self.images[k] is images[k]
-            if start < n and (n < end or not same): n = start
+            if start < n and (n < end or not same):
+                n = start
         return n
 
     @torch.no_grad()
-    def __call__(self,
-        ids: list[int],                     # the whole text, images as placeholders
-        spans: Sequence[tuple[int, int]],   # where the images are, (start, end)
-        images: Sequence[torch.Tensor],     # their pixels, [3, H, W] each
-    ) -> torch.Tensor:                      # [V], logits after the last id
+    def __call__(
+        self,
+        ids: list[int],  # the whole text, images as placeholders
+        spans: Sequence[tuple[int, int]],  # where the images are, (start, end)
+        images: Sequence[torch.Tensor],  # their pixels, [3, H, W] each
+    ) -> torch.Tensor:  # [V], logits after the last id
         "Read what is new."
         n, held, cache, model = self.known(ids, spans, images), self.ids, self.cache, self.model
-        self.forget()                       # a failure below leaves nothing half read
-        if 0 < n < len(held): cache.crop(n - len(held))    # a negative number: that many from the end
+        self.forget()  # a failure below leaves nothing half read
+        if 0 < n < len(held):
+            cache.crop(n - len(held))  # a negative number: that many from the end
         new = [image for (start, _), image in zip(spans, images) if start >= n]
         cache = cache if n else self.cache
         with evaluating(model):
-            out = model(input_ids=torch.tensor([ids[n:]], device=model.device),
-                        position_ids=torch.arange(n, len(ids), device=model.device)[None],
-                        pixel_values=torch.stack(new).to(model.device, model.dtype) if new else None,
-                        past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(
+                input_ids=torch.tensor([ids[n:]], device=model.device),
+                position_ids=torch.arange(n, len(ids), device=model.device)[None],
+                pixel_values=torch.stack(new).to(model.device, model.dtype) if new else None,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         self.ids, self.images, self.cache = list(ids), list(images), cache
         self.computed += len(ids) - n
         return out.logits[0, -1]
 
 # %% ../nbs/14_chat.ipynb #9cc6ceea
 def visible(
-    text: str,           # an answer so far
-    stop: str = "",      # text that ends it; "" when a token does
+    text: str,  # an answer so far
+    stop: str = "",  # text that ends it; "" when a token does
     final: bool = True,  # no more will come
 ) -> str:
     "The part of an answer that can be shown."
-    if stop and stop in text: text, final = text[:text.index(stop)], True
+    if stop and stop in text:
+        text, final = text[: text.index(stop)], True
     if not final:
-        text = text.rstrip("\ufffd")    # half a character
+        text = text.rstrip("\ufffd")  # half a character
         text = next((text[:-k] for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k])), text)
     return text.strip()
 
 # %% ../nbs/14_chat.ipynb #63189ce1
 def human_turn(text: str, has_image: bool) -> dict[str, str]:
     "A question, as a record would have it."
-    if not isinstance(text, str): raise ValueError(f"the question is text, not {shown(text)}")
+    if not isinstance(text, str):
+        raise ValueError(f"the question is text, not {shown(text)}")
     count = text.count(IMAGE_TOKEN)
     if count > has_image:
         given = "one image" if has_image else "no image"
-        raise ValueError(f"the text holds {count} {IMAGE_TOKEN} and {given} was given: "
-                         f"give an image as `image`, and leave {IMAGE_TOKEN} out of the text")
-    if not (text.strip() or has_image): raise ValueError("the question is empty: ask something, or show an image")
+        raise ValueError(
+            f"the text holds {count} {IMAGE_TOKEN} and {given} was given: "
+            f"give an image as `image`, and leave {IMAGE_TOKEN} out of the text"
+        )
+    if not (text.strip() or has_image):
+        raise ValueError("the question is empty: ask something, or show an image")
     asked = {"from": "human", "value": f"{IMAGE_TOKEN}\n{text}" if has_image and not count else text}
     record = {"conversations": [asked, {"from": "gpt", "value": "an answer"}]}
     return normalise(record | {"image": "given"} if has_image else record)[0]
 
+# %% ../nbs/14_chat.ipynb #f44a42ea
 class Prompter:
     "Turns to ids, as in training; images to pixels."
-    def __init__(self,
-        config: LlavaConfig,                 # of the model, with `llava_nb`
+
+    def __init__(
+        self,
+        config: LlavaConfig,  # of the model, with `llava_nb`
         tokenizer: PreTrainedTokenizerBase,  # with `<image>`
-        image_processor: Any,                # the tower's Pillow processor
-        template: str | None = None,         # None: the one stored in the configuration
+        image_processor: Any,  # the tower's Pillow processor
+        template: str | None = None,  # None: the one stored in the configuration
     ):
         settings = config.llava_nb
         self.template, self.encoder = as_trained(config, tokenizer, template)
-        self.transform = ImageTransform(image_processor, settings.get("image_aspect_ratio") or "square",
-                                        bool(settings.get("apply_exif")), bool(settings.get("reduced_jpeg")))
+        self.transform = ImageTransform(
+            image_processor,
+            settings.get("image_aspect_ratio") or "square",
+            bool(settings.get("apply_exif")),
+            bool(settings.get("reduced_jpeg")),
+        )
         self.context, self.image_seq_len = self.encoder.max_length, settings["image_seq_len"]
 
     def __call__(self, turns: Sequence[dict[str, str]]) -> Encoded:
         "The ids of a conversation that waits for its next answer."
         encoded = self.encoder.uncut(self.template.prompt(list(turns)))
         images = len(encoded.image_spans)
-        if len(encoded.input_ids) < self.context: return encoded
-        raise ValueError(f"the conversation takes {len(encoded.input_ids):,} tokens ({images} images of {self.image_seq_len} "
-                         f"among them) and the model's context ends at {self.context:,}: "
-                         "ask less at once, or start a new conversation with reset()")
+        if len(encoded.input_ids) < self.context:
+            return encoded
+        raise ValueError(
+            f"the conversation takes {len(encoded.input_ids):,} tokens ({images} images of {self.image_seq_len} "
+            f"among them) and the model's context ends at {self.context:,}: "
+            "ask less at once, or start a new conversation with reset()"
+        )
 
 # %% ../nbs/14_chat.ipynb #210ad663
 def picture_of(
-    given: Any, # a path, bytes, an open file, a Pillow image, an array; a list of one
+    given: Any,  # a path, bytes, an open file, a Pillow image, an array; a list of one
 ) -> str | Path | io.BytesIO | Image.Image:
     "What a caller means by an image."
     if isinstance(given, list | tuple):
         if len(given) != 1:
-            raise ValueError(f"{len(given)} images were given and a question takes one: "
-                             "ask about each in a question of its own")
+            raise ValueError(
+                f"{len(given)} images were given and a question takes one: ask about each in a question of its own"
+            )
         given = given[0]
-    if isinstance(given, str): return _named(given)
-    if isinstance(given, bytes | bytearray | memoryview): return io.BytesIO(bytes(given))
+    if isinstance(given, str):
+        return _named(given)
+    if isinstance(given, bytes | bytearray | memoryview):
+        return io.BytesIO(bytes(given))
     if isinstance(given, Image.Image):
         check_size(*given.size)
-        return given.copy()             # what comes in stays as it is
-    if isinstance(given, np.ndarray): return _of_array(given)
-    if isinstance(given, Path): return given
-    if hasattr(given, "read") and isinstance(data := given.read(MAX_BYTES + 1), bytes): return io.BytesIO(data)
-    raise ValueError(f"a {type(given).__name__} is no image: "
-                     "give a path, a file's bytes, an open binary file, a Pillow image, "
-                     "or an array of uint8 [H, W] or [H, W, 3]")
+        return given.copy()  # what comes in stays as it is
+    if isinstance(given, np.ndarray):
+        return _of_array(given)
+    if isinstance(given, Path):
+        return given
+    if hasattr(given, "read") and isinstance(data := given.read(MAX_BYTES + 1), bytes):
+        return io.BytesIO(data)
+    raise ValueError(
+        f"a {type(given).__name__} is no image: "
+        "give a path, a file's bytes, an open binary file, a Pillow image, "
+        "or an array of uint8 [H, W] or [H, W, 3]"
+    )
 
+# %% ../nbs/14_chat.ipynb #6afb7692
 def _named(name: str) -> str | io.BytesIO:
     if name.startswith("data:"):
-        try: return io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
+        try:
+            return io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))
         except binascii.Error:
             raise ValueError(f"{shown(name, 40)} is no data URI in base64: give the image's bytes") from None
     if "://" in name:
         raise ValueError(f"{shown(name)} is an address, and no image is downloaded: download it and give the file")
     return name
 
+
 def _of_array(given: np.ndarray) -> Image.Image:
     grey, colour = given.ndim == 2, given.ndim == 3 and given.shape[-1] in (3, 4)
     if not (given.dtype == np.uint8 and (grey or colour) or given.dtype == np.uint16 and grey):
-        raise ValueError(f"an array of {given.dtype} {list(given.shape)} is no image: "
-                         "give uint8 [H, W] or [H, W, 3], or uint16 [H, W]")
+        raise ValueError(
+            f"an array of {given.dtype} {list(given.shape)} is no image: "
+            "give uint8 [H, W] or [H, W, 3], or uint16 [H, W]"
+        )
     check_size(given.shape[1], given.shape[0])
     return Image.fromarray(np.ascontiguousarray(given))
 
 # %% ../nbs/14_chat.ipynb #070c5454
 class Chat:
     "A conversation about images with a trained model."
-    def __init__(self,
+
+    def __init__(
+        self,
         model: LlavaForConditionalGeneration,  # from `load_llava`, or just trained
-        tokenizer: PreTrainedTokenizerBase,    # with `<image>`
-        image_processor: Any,                  # the tower's Pillow processor
-        template: str | None = None,           # None: the one stored in the model's configuration
-        system: str | None = None,             # a system prompt in place of the template's own
+        tokenizer: PreTrainedTokenizerBase,  # with `<image>`
+        image_processor: Any,  # the tower's Pillow processor
+        template: str | None = None,  # None: the one stored in the model's configuration
+        system: str | None = None,  # a system prompt in place of the template's own
     ):
         self.tokenizer, self.reader = tokenizer, Reader(model)
         self.prompter = Prompter(model.config, tokenizer, image_processor, template)
         self.opening = [] if system is None else [{"from": "system", "value": system}]
         ends, self.stop_text = stops(self.prompter.template, self.prompter.encoder)
-        self.stop_ids, self.banned = set(ends), unsayable(model)
+        self.stop_ids, self.banned = set(ends), suppressed_token_ids(model)
         spoken = self.prompter.encoder.spoken
         self.unseen = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special and t.content not in spoken}
         self.reset()
 
     def reset(self) -> None:
         "Forget the conversation."
-        self.history, self.images, self.asking = [], [], None   # turns {"from", "value"}; pixels of each image
+        self.history, self.images, self.asking = [], [], None  # turns {"from", "value"}; pixels of each image
         self.reader.forget()
 
-    def ask(self,
-        text: str,                   # the question
-        image: Any = None,           # shown with this question: path, Pillow image, ..., see `picture_of`
-        max_new_tokens: int = 512,   # of the answer
-        temperature: float = 0.0,    # 0: the most probable answer
-        seed: int | None = None,     # of the draws at temperature > 0; None: torch's global generator
-        stream: bool = False,        # give the pieces of the answer as they come
-    ) -> str | Iterator[str]:        # the answer, or its pieces
+    def ask(
+        self,
+        text: str,  # the question
+        image: Any = None,  # shown with this question: path, Pillow image, ..., see `picture_of`
+        max_new_tokens: int = 512,  # of the answer
+        temperature: float = 0.0,  # 0: the most probable answer
+        seed: int | None = None,  # of the draws at temperature > 0; None: torch's global generator
+        stream: bool = False,  # give the pieces of the answer as they come
+    ) -> str | Iterator[str]:  # the answer, or its pieces
         "Ask, and get the answer."
         turns = [*self.history, human_turn(text, image is not None)]
         if image is not None:
-            try: image = self.prompter.transform(picture_of(image))
-            except Refused as e: raise Refused(f"image {shown(image)}: {e}") from None
+            try:
+                image = self.prompter.transform(picture_of(image))
+            except Refused as e:
+                raise Refused(f"image {shown(image)}: {e}") from None
         images = self.images if image is None else [*self.images, image]
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         choose = lambda logits: next_token(logits, self.banned, temperature, generator)
@@ -233,47 +282,64 @@ class Chat:
         return pieces if stream else "".join(pieces)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, template: str | None = None, dtype: str | torch.dtype = "auto",
-                        device: str | None = None, system: str | None = None) -> "Chat":
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        template: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+        system: str | None = None,
+    ) -> "Chat":
         "Chat with a saved model: the folder that stage 2 wrote, or a llava-hf checkpoint."
         return cls(*load_for_chat(path, dtype, device), template, system)
 
 # %% ../nbs/14_chat.ipynb #8eb384b1
-def _answer_ids(chat: Chat, encoded: Encoded, images: list[torch.Tensor], limit: int,
-                choose: Callable[[torch.Tensor], int]) -> Iterator[int]:
+def _answer_ids(
+    chat: Chat, encoded: Encoded, images: list[torch.Tensor], limit: int, choose: Callable[[torch.Tensor], int]
+) -> Iterator[int]:
     "Token ids of an answer, without the one that ends it."
     ids = list(encoded.input_ids)
     for _ in range(min(limit, chat.prompter.context - len(ids))):
         token = choose(chat.reader(ids, encoded.image_spans, images))
-        if token in chat.stop_ids: return
+        if token in chat.stop_ids:
+            return
         yield token
         ids.append(token)
 
-def _pieces(chat: Chat, turns: list[dict], images: list[torch.Tensor], encoded: Encoded, limit: int,
-            choose: Callable) -> Iterator[str]:
+# %% ../nbs/14_chat.ipynb #6842d105
+def _pieces(
+    chat: Chat, turns: list[dict], images: list[torch.Tensor], encoded: Encoded, limit: int, choose: Callable
+) -> Iterator[str]:
     "An answer in pieces; the history grows when it is complete."
     chat.asking, ids, shown, text = turns, [], "", ""
     for token in _answer_ids(chat, encoded, images, limit, choose):
         ids.append(token)
         text = chat.tokenizer.decode([i for i in ids if i not in chat.unseen], clean_up_tokenization_spaces=False)
-        if new := visible(text, chat.stop_text, final=False)[len(shown):]: yield new
+        if new := visible(text, chat.stop_text, final=False)[len(shown) :]:
+            yield new
         shown += new
         _check_asking(chat, turns)
-        if chat.stop_text and chat.stop_text in text: break
-    if rest := visible(text, chat.stop_text)[len(shown):]: yield rest
+        if chat.stop_text and chat.stop_text in text:
+            break
+    if rest := visible(text, chat.stop_text)[len(shown) :]:
+        yield rest
     _check_asking(chat, turns)
     chat.history, chat.images = [*turns, {"from": "gpt", "value": shown + rest}], images
 
+
 def _check_asking(chat: Chat, turns: list[dict]) -> None:
-    if chat.asking is turns: return
-    raise RuntimeError("this answer's chat went on without it: another question was asked, or it was reset. "
-                       "Read an answer to its end, or drop it")
+    if chat.asking is turns:
+        return
+    raise RuntimeError(
+        "this answer's chat went on without it: another question was asked, or it was reset. "
+        "Read an answer to its end, or drop it"
+    )
 
 # %% ../nbs/14_chat.ipynb #b5fd4c38
 def load_for_chat(
-    path: str | Path,                     # folder that stage 2 wrote, or a llava-hf checkpoint
-    dtype: str | torch.dtype = "auto",    # "auto": as saved
-    device: str | None = None,            # None: the GPU if there is one
+    path: str | Path,  # folder that stage 2 wrote, or a llava-hf checkpoint
+    dtype: str | torch.dtype = "auto",  # "auto": as saved
+    device: str | None = None,  # None: the GPU if there is one
 ) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase, Any]:  # model, tokenizer, image processor
     "All that `Chat` is made of."
     model = load_llava(path, dtype).eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'INNER_VISION', 'save_projector', 'gap', 'jinja', 'check_jinja', 'as_trained', 'stops', 'saved_tokenizer',
-           'saved_generation', 'llava_processor', 'published_state', 'unsayable', 'save_llava', 'load_weights']
+           'saved_generation', 'llava_processor', 'published_state', 'suppressed_token_ids', 'save_llava',
+           'load_weights']
 
 # %% ../nbs/12_checkpoint.ipynb #515d64e0
 import copy
@@ -18,7 +19,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
-    GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerBase,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
 )
 
 import llava_nb.base.trust as trust
@@ -33,7 +38,7 @@ from .vision import exported_processor, image_size
 def save_projector(
     model: LlavaForConditionalGeneration,
     folder: str | Path,
-    state_dict: dict[str, torch.Tensor] | None = None, # the projector's weights, gathered from a partitioned model
+    state_dict: dict[str, torch.Tensor] | None = None,  # the projector's weights, gathered from a partitioned model
 ) -> None:
     "Write `projector.safetensors` and the model's `config.json`."
     state = projector_state(model) if state_dict is None else state_dict
@@ -44,16 +49,19 @@ def save_projector(
 # %% ../nbs/12_checkpoint.ipynb #9628b9e8
 def gap(
     encoder: Encoder,
-) -> str: # " " or ""
+) -> str:  # " " or ""
     "The text between a special token and a segment with which the tokenizer gives the training's ids."
     tokenizer, text_only = encoder.tokenizer, encoder.text_only
     known = tokenizer.get_added_vocab()
     mark = IMAGE_TOKEN if IMAGE_TOKEN in known else next(iter(known), None)
-    if mark is None: return ""
+    if mark is None:
+        return ""
+
     def same(between: str) -> bool:
         texts = {between + "x y": "x y", between + "\nx": "\nx", " x": " x"}
         read = lambda text: tokenizer(mark + text, add_special_tokens=False).input_ids[1:]
         return all(read(said) == text_only.encode(text, add_special_tokens=False).ids for said, text in texts.items())
+
     return " " if not same("") and same(" ") else ""
 
 # %% ../nbs/12_checkpoint.ipynb #b8fd710a
@@ -118,23 +126,33 @@ _WRITE_MESSAGE = r"""{%- if role == 'system' -%}
 def _needs_space(segments: tuple[Segment, ...]) -> bool:
     return bool(segments) and segments[0].kind == "text" and not segments[0].text.startswith(" ")
 
+
 def _text(segments: tuple[Segment, ...], space: str = "") -> str:
     return (space if _needs_space(segments) else "") + "".join(s.text for s in segments)
+
 
 def _variables(t: Template, encoder: Encoder) -> dict[str, str | list[str] | int]:
     "A template's segments, for the program."
     space, roles = gap(encoder), {"human": "user", "gpt": "assistant"}
     start = encoder.tokenizer.convert_ids_to_tokens(encoder.bos if t.asks else encoder.before_image)
     return {
-        "image": IMAGE_TOKEN, "space": space, "start": "".join(start), "first": _text(t.first, space),
-        "later": _text(t.later), "between": _text(t.between), "gap": space if _needs_space(t.between) else "",
+        "image": IMAGE_TOKEN,
+        "space": space,
+        "start": "".join(start),
+        "first": _text(t.first, space),
+        "later": _text(t.later),
+        "between": _text(t.between),
+        "gap": space if _needs_space(t.between) else "",
         "around": [t.around[0], t.around[1] + t.end],
         "system": [_text(t.system[0], space), _text(t.system[1])] if t.system else [],
-        "strips": [roles.get(who, who) for who in t.strips], "asks": int(t.asks)}
+        "strips": [roles.get(who, who) for who in t.strips],
+        "asks": int(t.asks),
+    }
+
 
 def jinja(
     template: Template,
-    encoder: Encoder, # of the training
+    encoder: Encoder,  # of the training
 ) -> str:
     "A template as Jinja, for this tokenizer: it gives the training's ids and marks the same target tokens."
     said = "".join(f"{{%- set {name} = {ascii(value)} -%}}\n" for name, value in _variables(template, encoder).items())
@@ -150,27 +168,31 @@ def check_jinja(
     tokenizer, text = encoder.tokenizer, jinja(template, encoder)
     question = {"from": "human", "value": f"{IMAGE_TOKEN}\nWhat is it?", "image": True}
     turns = [question, {"from": "gpt", "value": "A fox."}, {"from": "human", "value": "Sure?"}]
-    turns = turns[:3 if template.asks else 1]
+    turns = turns[: 3 if template.asks else 1]
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[t["from"]], "content": t["value"]} for t in turns]
     asked = tokenizer.apply_chat_template(messages, chat_template=text, add_generation_prompt=True).input_ids
     wanted = encoder.uncut(template.prompt(turns))
-    (start, end), = wanted.image_spans
+    ((start, end),) = wanted.image_spans
     if [i for i in asked if i != encoder.image_token_id] != wanted.input_ids[:start] + wanted.input_ids[end:]:
-        raise ValueError(f"template {template.name!r}: this tokenizer reads the chat template's text differently "
-                         "from training, so nobody could ask the result; choose another template")
+        raise ValueError(
+            f"template {template.name!r}: this tokenizer reads the chat template's text differently "
+            "from training, so nobody could ask the result; choose another template"
+        )
 
 # %% ../nbs/12_checkpoint.ipynb #6cb31b58
 def as_trained(
-    config: LlavaConfig, # of a model, with `llava_nb`
-    tokenizer: PreTrainedTokenizerBase, # with `<image>`
-    name: str | None = None, # of another template; None: the one it was trained with
+    config: LlavaConfig,  # of a model, with `llava_nb`
+    tokenizer: PreTrainedTokenizerBase,  # with `<image>`
+    name: str | None = None,  # of another template; None: the one it was trained with
 ) -> tuple[Template, Encoder]:
     "The template and the encoder of a training."
     settings = config.llava_nb
     if (name := name or settings.get("template")) is None:
-        raise ValueError("the model's configuration names no template: name the one it was trained with, "
-                         "template='v1' (on the command line --template v1) for LLaVA-1.5")
+        raise ValueError(
+            "the model's configuration names no template: name the one it was trained with, "
+            "template='v1' (on the command line --template v1) for LLaVA-1.5"
+        )
     day = date.fromisoformat(settings["date"]) if settings.get("date") else None
     longest = min(settings.get("model_max_length") or sys.maxsize, config.text_config.max_position_embeddings)
     special = settings.get("special_tokens") or ()
@@ -181,94 +203,111 @@ def as_trained(
 def stops(
     template: Template,
     encoder: Encoder,
-) -> tuple[list[int], str]: # ids that end an answer; text that does, or ""
+) -> tuple[list[int], str]:  # ids that end an answer; text that does, or ""
     "The ids and the text that end an answer."
     tokenizer, ends = encoder.tokenizer, {encoder.tokenizer.eos_token_id} - {None}
-    if template.end: return sorted(ends | {tokenizer.convert_tokens_to_ids(template.end)}), ""
+    if template.end:
+        return sorted(ends | {tokenizer.convert_tokens_to_ids(template.end)}), ""
     last = encoder.text_only.encode("x" + template.stop, add_special_tokens=False).ids[-1]
     return sorted(ends | {last} if tokenizer.decode([last]) == template.stop else ends), template.stop
 
 # %% ../nbs/12_checkpoint.ipynb #6bcf4076
 def saved_tokenizer(
-    config: LlavaConfig, # with `llava_nb`; without a template there, the tokenizer keeps its own
-    tokenizer: PreTrainedTokenizerBase, # with `<image>`
-) -> PreTrainedTokenizerBase: # a copy
+    config: LlavaConfig,  # with `llava_nb`; without a template there, the tokenizer keeps its own
+    tokenizer: PreTrainedTokenizerBase,  # with `<image>`
+) -> PreTrainedTokenizerBase:  # a copy
     "The tokenizer of a result."
     made = copy.deepcopy(tokenizer)
-    if config.llava_nb.get("template"): made.chat_template = jinja(*as_trained(config, tokenizer))
-    made.padding_side = made.init_kwargs["padding_side"] = "left"      # the second is what is saved
-    if made.pad_token is None: made.pad_token = made.unk_token or made.eos_token
+    if config.llava_nb.get("template"):
+        made.chat_template = jinja(*as_trained(config, tokenizer))
+    made.padding_side = made.init_kwargs["padding_side"] = "left"  # the second is what is saved
+    if made.pad_token is None:
+        made.pad_token = made.unk_token or made.eos_token
     return made
 
+
 def saved_generation(
-    config: LlavaConfig, # with `llava_nb`
-    tokenizer: PreTrainedTokenizerBase, # see `saved_tokenizer`
-    unsayable: Sequence[int] = (), # ids that no answer may contain
+    config: LlavaConfig,  # with `llava_nb`
+    tokenizer: PreTrainedTokenizerBase,  # see `saved_tokenizer`
+    suppressed_token_ids: Sequence[int] = (),  # ids that no answer may contain
 ) -> GenerationConfig:
     "The generation settings of a result."
     ends = [tokenizer.eos_token_id]
-    if config.llava_nb.get("template"): ends, _ = stops(*as_trained(config, tokenizer))
-    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
-                            suppress_tokens=list(unsayable) or None)
+    if config.llava_nb.get("template"):
+        ends, _ = stops(*as_trained(config, tokenizer))
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=list(suppressed_token_ids) or None,
+    )
 
 # %% ../nbs/12_checkpoint.ipynb #4e64eb20
 def llava_processor(
-    model: LlavaForConditionalGeneration, # with `config.llava_nb`
-    tokenizer: PreTrainedTokenizerBase, # with `<image>`
-    image_processor, # the tower's Pillow processor
-    aspect: str = "square", # "square" or "pad"
+    model: LlavaForConditionalGeneration,  # with `config.llava_nb`
+    tokenizer: PreTrainedTokenizerBase,  # with `<image>`
+    image_processor,  # the tower's Pillow processor
+    aspect: str = "square",  # "square" or "pad"
 ) -> LlavaProcessor:
     "Transformers' processor for this model, giving the training's tokens and pixels, with its template."
     config, tokenizer = model.config, saved_tokenizer(model.config, tokenizer)
-    dropped = config.vision_feature_select_strategy == "default"      # the class token
+    dropped = config.vision_feature_select_strategy == "default"  # the class token
     side = isqrt(config.image_seq_length + dropped)
     return LlavaProcessor(
-        image_processor=exported_processor(image_processor, aspect), tokenizer=tokenizer,
+        image_processor=exported_processor(image_processor, aspect),
+        tokenizer=tokenizer,
         patch_size=image_size(config.vision_config) // side,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=config.image_seq_length + dropped - side ** 2,
-        chat_template=tokenizer.chat_template)
+        num_additional_image_tokens=config.image_seq_length + dropped - side**2,
+        chat_template=tokenizer.chat_template,
+    )
 
 # %% ../nbs/12_checkpoint.ipynb #2ed32eb2
-PUBLISHED = (      # (transformers' beginning of a name, the published one)
-    ("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head."),
-    ("model.vision_tower.", "vision_tower."), ("model.multi_modal_projector.", "multi_modal_projector."))
-INNER_VISION = ("clip_vision_model", "siglip_vision_model")   # towers whose published names have `vision_model.` inside
+PUBLISHED = (  # (transformers' beginning of a name, the published one)
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
+INNER_VISION = ("clip_vision_model", "siglip_vision_model")  # towers whose published names have `vision_model.` inside
+
 
 def published_state(
     model: LlavaForConditionalGeneration,
-    state_dict: dict[str, torch.Tensor], # by the model's own names
-) -> dict[str, torch.Tensor]: # by the names of published llava-hf checkpoints
+    state_dict: dict[str, torch.Tensor],  # by the model's own names
+) -> dict[str, torch.Tensor]:  # by the names of published llava-hf checkpoints
     "Rename weights as published checkpoints name them; a tied head is left out."
     inner = "vision_model." if model.config.vision_config.model_type in INNER_VISION else ""
     named = {}
     for name, tensor in state_dict.items():
-        if name == "lm_head.weight" and model.config.tie_word_embeddings: continue
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
         own, published = next((o, p) for o, p in PUBLISHED if name.startswith(o))
         named[published + (inner if published == "vision_tower." else "") + name.removeprefix(own)] = tensor
     return named
 
 # %% ../nbs/12_checkpoint.ipynb #5c8a5bb3
-def unsayable(
+def suppressed_token_ids(
     model: LlavaForConditionalGeneration,
-) -> list[int]: # ids
+) -> list[int]:  # ids
     "Ids that no answer may contain: `<image>` and the vocabulary rows added with it, which no loss has trained."
     first, rows = model.config.llava_nb["text_vocab_size"], model.config.text_config.vocab_size
     return sorted({model.config.image_token_id, *range(first, rows)})
 
+
 def save_llava(
     model: LlavaForConditionalGeneration,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase, # with `<image>`
-    image_processor, # the tower's Pillow processor
-    state_dict: dict[str, torch.Tensor] | None = None, # the gathered weights of a partitioned model
+    tokenizer: PreTrainedTokenizerBase,  # with `<image>`
+    image_processor,  # the tower's Pillow processor
+    state_dict: dict[str, torch.Tensor] | None = None,  # the gathered weights of a partitioned model
     max_shard_size: str = "5GB",
-    written: Callable[[str], None] = lambda part: None, # called with "weights" and "processor" when these are written
+    written: Callable[[str], None] = lambda part: None,  # called with "weights" and "processor" when these are written
 ) -> None:
     "Write a llava-hf folder. Template and padding come from `model.config.llava_nb`."
     aspect = model.config.llava_nb.get("image_aspect_ratio") or "square"
     processor = llava_processor(model, tokenizer, image_processor, aspect)
-    model.generation_config = saved_generation(model.config, processor.tokenizer, unsayable(model))
+    model.generation_config = saved_generation(model.config, processor.tokenizer, suppressed_token_ids(model))
     state = published_state(model, model.state_dict() if state_dict is None else state_dict)
     model.save_pretrained(folder, state_dict=state, save_original_format=False, max_shard_size=max_shard_size)
     written("weights")
@@ -279,21 +318,36 @@ def save_llava(
 # %% ../nbs/12_checkpoint.ipynb #b0a94d37
 # errors of reading a file of another model, or a damaged one
 _UNREADABLE = (
-    OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
+    OSError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    SafetensorError,
+)
+
 
 def load_weights(
-    model: LlavaForConditionalGeneration, # changed in place; partitioned or not
-    checkpoint: str | Path, # a `checkpoint-N` folder of either stage
+    model: LlavaForConditionalGeneration,  # changed in place; partitioned or not
+    checkpoint: str | Path,  # a `checkpoint-N` folder of either stage
 ) -> None:
     "Put a checkpoint's weights into the model: the projector of stage 1, everything of stage 2."
-    try: _load_weights(model, Path(checkpoint))
-    except torch.OutOfMemoryError: raise
+    try:
+        _load_weights(model, Path(checkpoint))
+    except torch.OutOfMemoryError:
+        raise
     except _UNREADABLE as e:
         why = printable(" ".join(str(e).split()), 300)
         raise ValueError(f"{checkpoint}: its weights do not fit this model ({why})") from None
 
+
 def _load_weights(model: LlavaForConditionalGeneration, checkpoint: Path) -> None:
-    if (checkpoint / PROJECTOR_FILE).is_file(): return load_projector(model, checkpoint)
+    if (checkpoint / PROJECTOR_FILE).is_file():
+        return load_projector(model, checkpoint)
     saved = trust.load(LlavaForConditionalGeneration, checkpoint, weights=True, dtype=model.dtype)
-    if is_partitioned(model.parameters()): copy_partitions(model, saved)
-    else: model.load_state_dict(saved.state_dict(), strict=True)
+    if is_partitioned(model.parameters()):
+        copy_partitions(model, saved)
+    else:
+        model.load_state_dict(saved.state_dict(), strict=True)

@@ -18,24 +18,27 @@ from .base.terminal import printable, shown
 
 # %% ../nbs/02_conversation.ipynb #37a44ce5
 IMAGE_TOKEN = "<image>"
-ROLES, SYSTEM = ("human", "gpt"), "system"      # a system prompt may stand before the first question
+ROLES, SYSTEM = ("human", "gpt"), "system"  # a system prompt may stand before the first question
 
 
 @dataclass(frozen=True)
 class Segment:
     "A piece of a conversation's text."
-    text: str                # the text itself
-    learned: bool = False    # whether the loss counts it
-    kind: str = "text"       # "text", "special" (a token of the template's own, such as "</s>") or "image"
+
+    text: str  # the text itself
+    learned: bool = False  # whether the loss counts it
+    kind: str = "text"  # "text", "special" (a token of the template's own, such as "</s>") or "image"
 
 # %% ../nbs/02_conversation.ipynb #5a1c07e3
 class BadRecord(ValueError):
     "A record that cannot be trained on."
-    def __init__(self,
-        kind: str, # one word, such as "empty"
-        what: str, # what is wrong, with the value
-        remedy: str = "", # what to do
-        field: str = "", # where: "conversations[1].value"
+
+    def __init__(
+        self,
+        kind: str,  # one word, such as "empty"
+        what: str,  # what is wrong, with the value
+        remedy: str = "",  # what to do
+        field: str = "",  # where: "conversations[1].value"
     ):
         super().__init__(kind, what, remedy, field)
         self.kind, self.what, self.remedy, self.field = kind, what, remedy, field
@@ -53,8 +56,8 @@ def _special(text: str, learned: bool = False) -> Segment:
 
 
 def human_segments(
-    turn: dict, # `from`, `value`, and maybe `image`: whether it begins with the image
-) -> list[Segment]: # the image first, then the text
+    turn: dict,  # `from`, `value`, and maybe `image`: whether it begins with the image
+) -> list[Segment]:  # the image first, then the text
     "A question, its image apart."
     value = turn["value"]
     if turn.get("image", value.startswith(IMAGE_TOKEN)):
@@ -62,37 +65,39 @@ def human_segments(
     return [_text(value)]
 
 
-Around = tuple[tuple[Segment, ...], tuple[Segment, ...]]      # what is written before and after a text
+Around = tuple[tuple[Segment, ...], tuple[Segment, ...]]  # what is written before and after a text
 
 # %% ../nbs/02_conversation.ipynb #80778bfa
 @dataclass(frozen=True)
 class Template:
     "A conversation template: what is written around questions and answers."
+
     name: str
-    first: tuple[Segment, ...]     # before the first question, system prompt included
-    later: tuple[Segment, ...]     # before every later question
-    between: tuple[Segment, ...]   # between a question and its answer
-    around: tuple[str, str]        # glued to an answer, and learned with it
-    end: str                       # the special token that ends an answer, learned; "": `around` ends it
-    system: Around | None = None   # around a conversation's own system prompt, in place of `first`; None: takes none
-    strips: tuple[str, ...] = ()   # those of "system", "human" and "gpt" whose texts lose their outer white space
-    asks: bool = True              # False: questions are thrown away, the image stays
+    first: tuple[Segment, ...]  # before the first question, system prompt included
+    later: tuple[Segment, ...]  # before every later question
+    between: tuple[Segment, ...]  # between a question and its answer
+    around: tuple[str, str]  # glued to an answer, and learned with it
+    end: str  # the special token that ends an answer, learned; "": `around` ends it
+    system: Around | None = None  # around a conversation's own system prompt, in place of `first`; None: takes none
+    strips: tuple[str, ...] = ()  # those of "system", "human" and "gpt" whose texts lose their outer white space
+    asks: bool = True  # False: questions are thrown away, the image stays
     trains_stage: int = 2
 
     @property
-    def stop(self) -> str: # literal
+    def stop(self) -> str:  # literal
         "The text that ends an answer."
         return self.end or self.around[1]
 
     @property
-    def marks(self) -> set[str]: # literals
+    def marks(self) -> set[str]:  # literals
         "The special tokens that the template writes."
         pieces = [*self.first, *self.later, *self.between, *(s for around in self.system or () for s in around)]
         return {s.text for s in pieces if s.kind == "special"} | {self.end} - {""}
 
-    def segments(self,
-        turns: list[dict], # `from` and `value`: maybe system, then human and gpt in turn, see `normalise`
-    ) -> list[Segment]: # without BOS, which the encoder adds
+    def segments(
+        self,
+        turns: list[dict],  # `from` and `value`: maybe system, then human and gpt in turn, see `normalise`
+    ) -> list[Segment]:  # without BOS, which the encoder adds
         "A whole conversation, with the answers learned."
         out: list[Segment] = []
         turns = [t | {"value": t["value"].strip()} if t["from"] in self.strips else t for t in turns]
@@ -107,14 +112,15 @@ class Template:
                 out += self._answer(turn["value"])
         return [s for s in out if s.text]
 
-    def prompt(self,
-        turns: list[dict], # ending with a human turn
+    def prompt(
+        self,
+        turns: list[dict],  # ending with a human turn
     ) -> list[Segment]:
         "The same text up to where the next answer begins."
         return self.segments(turns)
 
     def _question(self, turn: dict) -> list[Segment]:
-        return human_segments(turn)[:None if self.asks else 1]
+        return human_segments(turn)[: None if self.asks else 1]
 
     def _answer(self, text: str) -> list[Segment]:
         before, after = self.around
@@ -124,8 +130,12 @@ class Template:
 def _opening(template: Template, prompt: str) -> list[Segment]:
     "The text before the first question, with a record's own system prompt."
     if template.system is None:
-        raise BadRecord("system", f"template {template.name!r} takes no system prompt",
-                        "leave this turn out, or choose another template", "conversations[0]")
+        raise BadRecord(
+            "system",
+            f"template {template.name!r} takes no system prompt",
+            "leave this turn out, or choose another template",
+            "conversations[0]",
+        )
     before, after = template.system
     return [*before, _text(prompt), *after]
 
@@ -133,28 +143,52 @@ def _opening(template: Template, prompt: str) -> list[Segment]:
 def _check_caption(template: Template, turns: list[dict]) -> None:
     if len(turns) > 2 or not turns or not turns[0].get("image", IMAGE_TOKEN in turns[0]["value"]):
         wanted = f"one question with {IMAGE_TOKEN} and one caption"
-        raise BadRecord("order", f"template {template.name!r} takes {wanted}, not {len(turns)} turns",
-                        "leave the record to stage 2", "conversations")
+        raise BadRecord(
+            "order",
+            f"template {template.name!r} takes {wanted}, not {len(turns)} turns",
+            "leave the record to stage 2",
+            "conversations",
+        )
 
 # %% ../nbs/02_conversation.ipynb #90505754
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-LLAMA_2 = ("You are a helpful language and vision assistant. You are able to understand the visual content "
-           "that the user provides, and assist the user with a variety of tasks using natural language.")
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content "
+    "that the user provides, and assist the user with a variety of tasks using natural language."
+)
 _open, _close = _special("<|im_start|>"), _special("<|im_end|>")
+
 
 def _with_prompt(name: str, prompt: str, system: Around, *pieces) -> Template:
     "A template whose default system prompt stands where a record's own would."
     before, after = system
     return Template(name, (*before, _text(prompt), *after), *pieces, system=system)
 
-_v1 = _with_prompt("v1", VICUNA, ((), (_text(" USER: "),)),
-                   (_text("USER: "),), (_text(" ASSISTANT:"),), (" ", ""), "</s>")
-_llama_2 = _with_prompt("llava_llama_2", LLAMA_2, ((_text("[INST] <<SYS>>\n"),), (_text("\n<</SYS>>\n\n"),)),
-                        (_special("<s>"), _text("[INST] ")), (_text(" [/INST]"),), (" ", " "), "</s>")
-_chatml = _with_prompt("chatml", "Answer the questions.",
-                       ((_open, _text("system\n")), (_close, _open, _text("user\n"))), (_open, _text("user\n")),
-                       (_close, _open, _text("assistant\n")), ("", ""), "<|im_end|>")
+
+_v1 = _with_prompt(
+    "v1", VICUNA, ((), (_text(" USER: "),)), (_text("USER: "),), (_text(" ASSISTANT:"),), (" ", ""), "</s>"
+)
+_llama_2 = _with_prompt(
+    "llava_llama_2",
+    LLAMA_2,
+    ((_text("[INST] <<SYS>>\n"),), (_text("\n<</SYS>>\n\n"),)),
+    (_special("<s>"), _text("[INST] ")),
+    (_text(" [/INST]"),),
+    (" ", " "),
+    "</s>",
+)
+_chatml = _with_prompt(
+    "chatml",
+    "Answer the questions.",
+    ((_open, _text("system\n")), (_close, _open, _text("user\n"))),
+    (_open, _text("user\n")),
+    (_close, _open, _text("assistant\n")),
+    ("", ""),
+    "<|im_end|>",
+)
 
 # %% ../nbs/02_conversation.ipynb #b3e568b3
 _plain = Template("plain", (), (), (), ("", "\n"), "", asks=False, trains_stage=1)
@@ -163,14 +197,14 @@ TEMPLATES = {t.name: t for t in (_v1, _plain, _llama_2, _chatml)}
 
 # %% ../nbs/02_conversation.ipynb #b069ca96
 def is_control(
-    literal: str, # of an added token
-    special: bool, # its flag
+    literal: str,  # of an added token
+    special: bool,  # its flag
 ) -> bool:
     "Whether an added token steers the model: flagged special, or written like it (Qwen's `<tool_call>`)."
     return special or literal[:1] + literal[-1:] in ("<>", "[]")
 
 
-def _on(day: date) -> str: # Jinja
+def _on(day: date) -> str:  # Jinja
     "A Jinja macro that answers a template with this day when it asks for the time."
     midnight = datetime(day.year, day.month, day.day)
     codes = [f"%{how}{what}" for what in "aAbBcdeFfGHIjmMpSuUVwWxXyYzZ" for how in ("", "-")]
@@ -181,13 +215,14 @@ def _on(day: date) -> str: # Jinja
 @dataclass(frozen=True)
 class _Writer:
     "A tokenizer's chat template, asked to write placeholders."
+
     tokenizer: PreTrainedTokenizerBase
-    today: date             # the answer when the template asks for the date
+    today: date  # the answer when the template asks for the date
     in_parts: bool = False  # the template expects contents as lists of parts
 
     def __call__(self, *roles: str, ask: bool = False, pad: str = "") -> list[str]:
         "The text before, between and after messages."
-        texts = [f"{pad}\ufdd1{k}\ufdd2{pad}" for k in range(len(roles))]       # noncharacters: no text may hold them
+        texts = [f"{pad}\ufdd1{k}\ufdd2{pad}" for k in range(len(roles))]  # noncharacters: no text may hold them
         contents = [[{"type": "text", "text": text}] if self.in_parts else text for text in texts]
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
         written = {self._written(messages, ask) for _ in range(3)}
@@ -204,11 +239,11 @@ class _Writer:
         template = _on(self.today) + self.tokenizer.get_chat_template()
         try:
             text = self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **told)
-        except Exception as e:       # a template may raise what it likes
+        except Exception as e:  # a template may raise what it likes
             raise ValueError(f"cannot be used ({type(e).__name__}: {printable(e, 200)})") from None
         bos = self.tokenizer.bos_token
         adds = bos and self.tokenizer("a").input_ids[:1] == [self.tokenizer.bos_token_id]
-        return text.removeprefix(bos) if adds else text      # the encoder adds it
+        return text.removeprefix(bos) if adds else text  # the encoder adds it
 
     def segments(self, text: str) -> tuple[Segment, ...]:
         "A piece of the template's own text, its special tokens apart."
@@ -223,32 +258,34 @@ def _closed(pieces: tuple[Segment, ...]) -> tuple[str, str, tuple[Segment, ...]]
     k = next((k for k, s in enumerate(pieces) if s.kind == "special" or s.text.strip()), None)
     if k is None or pieces[k].kind != "special":
         raise ValueError("closes answers with no special token, or not always")
-    return "".join(s.text for s in pieces[:k]), pieces[k].text, pieces[k + 1:]
+    return "".join(s.text for s in pieces[:k]), pieces[k].text, pieces[k + 1 :]
 
 
 def _before_answers(asked: str, written: list[str]) -> tuple[str, str]:
     "The text that ends every request, and how an answer begins: from a request's end and the texts before answers."
     last, text, glue = written[-1], asked, ""
     if last.startswith(asked):
-        glue = last[len(asked):]
+        glue = last[len(asked) :]
         if glue.strip():
-            text, glue = last, ""         # a header, which belongs to the question
+            text, glue = last, ""  # a header, which belongs to the question
     elif not asked.startswith(last):
         raise ValueError(f"ends a request with {shown(asked, 60)} and has {shown(last, 60)} before answers")
-    elif "<think>" in (more := asked[len(last):]) and "</think>" not in more:
-        text = last       # answers are not thoughts
+    elif "<think>" in (more := asked[len(last) :]) and "</think>" not in more:
+        text = last  # answers are not thoughts
     if not all(text.startswith(w) or w == text + glue for w in written):
         raise ValueError("has something else before each answer")
-    return text.rstrip(" "), text[len(text.rstrip(" ")):] + glue
+    return text.rstrip(" "), text[len(text.rstrip(" ")) :] + glue
 
 # %% ../nbs/02_conversation.ipynb #2e7cbe50
 _TURNS = ("user", "assistant") * 3
 _PAD = "\t \t"
 
+
 def _same(found: list, what: str):
     if any(f != found[0] for f in found):
         raise ValueError(f"has not always the same {what}")
     return found[0]
+
 
 def _system(write: _Writer, rest: list[str]) -> Around | None:
     "The text around a system prompt; None where there is no place for one."
@@ -258,16 +295,18 @@ def _system(write: _Writer, rest: list[str]) -> Around | None:
         return None
     return (write.segments(before), write.segments(after)) if others == rest else None
 
+
 def _strips(write: _Writer, roles: tuple[str, ...]) -> tuple[str, ...]:
     own, names = write(*roles, pad=_PAD), {"system": "system", "user": "human", "assistant": "gpt"}
     stripped = [not own[k].endswith(_PAD) and not own[k + 1].startswith(_PAD) for k in range(len(roles))]
     return tuple(names[role] for role, cut in zip(roles, stripped) if cut)
 
+
 def _taken_apart(write: _Writer) -> Template:
     first, *rest = write(*_TURNS)
-    requests = [write(*_TURNS[:2 * k + 1], ask=True) for k in range(3)]
+    requests = [write(*_TURNS[: 2 * k + 1], ask=True) for k in range(3)]
     for k, request in enumerate(requests):
-        _same([request[::2], [first, *rest[1::2]][:k + 1]], "text before a question")
+        _same([request[::2], [first, *rest[1::2]][: k + 1]], "text before a question")
     closed = [_closed(write.segments(text)) for text in rest[1::2]]
     after, end = _same([c[:2] for c in closed], "end of answers")
     later = _same([c[2] for c in closed[:2]], "text before a question")
@@ -279,8 +318,8 @@ def _taken_apart(write: _Writer) -> Template:
 
 # %% ../nbs/02_conversation.ipynb #4d4b3d5d
 def own_template(
-    tokenizer: PreTrainedTokenizerBase, # with a `chat_template`
-    today: date | None = None, # for templates that write the date; None: this day
+    tokenizer: PreTrainedTokenizerBase,  # with a `chat_template`
+    today: date | None = None,  # for templates that write the date; None: this day
 ) -> Template:
     "The template that a tokenizer brings (SmolLM2, Qwen, Llama 3, ...), taken apart."
     if not tokenizer.chat_template:
@@ -296,14 +335,15 @@ def own_template(
         return _taken_apart(_Writer(tokenizer, write.today, in_parts=True))
     except ValueError:
         others = ", ".join(TEMPLATES)
-        raise ValueError(f"template 'chat_template': the tokenizer's own {reason}; "
-                         f"choose another template ({others})") from None
+        raise ValueError(
+            f"template 'chat_template': the tokenizer's own {reason}; choose another template ({others})"
+        ) from None
 
 # %% ../nbs/02_conversation.ipynb #509ffa82
 def get_template(
-    name: str, # a key of `TEMPLATES`, or "chat_template" for the tokenizer's own
-    tokenizer: PreTrainedTokenizerBase | None = None, # needed for "chat_template"
-    today: date | None = None, # see `own_template`
+    name: str,  # a key of `TEMPLATES`, or "chat_template" for the tokenizer's own
+    tokenizer: PreTrainedTokenizerBase | None = None,  # needed for "chat_template"
+    today: date | None = None,  # see `own_template`
 ) -> Template:
     "A template by name; an unknown name is an error, not Vicuna's."
     if name == "chat_template":
@@ -321,23 +361,27 @@ def _ended(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     if template.end in {t.content for t in tokenizer.added_tokens_decoder.values()}:
         return template
     if tokenizer.eos_token is None:
-        raise ValueError(f"template {template.name!r} ends answers with {template.end!r}, and this tokenizer "
-                         f"({shown(tokenizer.name_or_path)}) has neither that token nor an end token of its own; "
-                         "give one whose eos_token is set")
+        raise ValueError(
+            f"template {template.name!r} ends answers with {template.end!r}, and this tokenizer "
+            f"({shown(tokenizer.name_or_path)}) has neither that token nor an end token of its own; "
+            "give one whose eos_token is set"
+        )
     return replace(template, end=tokenizer.eos_token)
 
 # %% ../nbs/02_conversation.ipynb #639f7fd7
 def image_of(
     record: dict,
-) -> str | None: # anything else is bad
+) -> str | None:  # anything else is bad
     "The path of a record's image, also from a list of one; None for null, an empty text or list, NaN."
     image = record.get("image")
     if isinstance(image, list) and len(image) < 2:
         image = image[0] if image else None
     return None if image is None or image == "" or image != image else image
 
+
 def _is_turn(turn: Any) -> bool:
     return isinstance(turn, dict) and turn.get("from") in (*ROLES, SYSTEM) and isinstance(turn.get("value"), str)
+
 
 def _check_turns(turns: Any, image: Any) -> None:
     "Refuse a conversation without turns, or whose image is not shown exactly once, in a question."
@@ -345,7 +389,7 @@ def _check_turns(turns: Any, image: Any) -> None:
         remedy = 'a turn is {"from": "human" or "gpt", "value": text}'
         raise BadRecord("shape", f"must be a list of turns, got {shown(turns)}", remedy, "conversations")
     if image is None:
-        return                        # then `<image>` is text like any other
+        return  # then `<image>` is text like any other
     counts = [turn["value"].count(IMAGE_TOKEN) * (1 if turn["from"] == "human" else 2) for turn in turns]
     if sum(counts) != 1:
         what = f"an image needs one {IMAGE_TOKEN} in a question"
@@ -353,18 +397,19 @@ def _check_turns(turns: Any, image: Any) -> None:
 
 # %% ../nbs/02_conversation.ipynb #a1a4bf59
 def normalise(
-    record: dict, # `conversations`, and `image` if there is an image
-) -> list[dict]: # maybe a system prompt, then human and gpt in turn; `image`: whether the turn begins with the image
+    record: dict,  # `conversations`, and `image` if there is an image
+) -> list[dict]:  # maybe a system prompt, then human and gpt in turn; `image`: whether the turn begins with the image
     "Put a record's turns in order as the original code does (preprocess_multimodal), or raise `BadRecord`."
     turns, image = record.get("conversations"), image_of(record)
     _check_turns(turns, image)
     turns = [_image_first(turn, image is not None and IMAGE_TOKEN in turn["value"]) for turn in turns]
     system = turns[:1] if turns[0]["from"] == SYSTEM else []
-    turns = _in_order(turns[len(system):])
+    turns = _in_order(turns[len(system) :])
     if image is not None and not any(turn["image"] for turn in turns):
         what = f"the turn that says {IMAGE_TOKEN} has no answer, so the image would be lost"
         raise BadRecord("mark", what, "give it one", "image")
     return system + turns
+
 
 def _image_first(turn: dict, has_image: bool) -> dict:
     text = turn["value"]
@@ -372,6 +417,7 @@ def _image_first(turn: dict, has_image: bool) -> dict:
         text = text.replace(IMAGE_TOKEN, "").strip()
         text = f"{IMAGE_TOKEN}\n{text}" if text else IMAGE_TOKEN
     return {"from": turn["from"], "value": text, "image": has_image}
+
 
 def _in_order(turns: list[dict]) -> list[dict]:
     "Questions with answers, in turn."
@@ -384,6 +430,7 @@ def _in_order(turns: list[dict]) -> list[dict]:
             what = f"two {turn['from']!r} turns in a row; human and gpt must alternate"
             raise BadRecord("order", what, "join them", "conversations")
     if not turns:
-        raise BadRecord("unanswered", "no question with an answer, so nothing to learn", "give it both",
-                        "conversations")
+        raise BadRecord(
+            "unanswered", "no question with an answer, so nothing to learn", "give it both", "conversations"
+        )
     return turns

@@ -24,13 +24,14 @@ def encode(
     record: dict,
     template: Template,
     encoder: Encoder,
-) -> Encoded: # `input_ids` and `labels`, at most `encoder.max_length`
+) -> Encoded:  # `input_ids` and `labels`, at most `encoder.max_length`
     "Encode a record, or raise `BadRecord` with the reason."
     return fitted(record, encoder.uncut(template.segments(normalise(record))), encoder)
 
+
 def fitted(
     record: dict,
-    whole: Encoded, # from `Encoder.uncut`
+    whole: Encoded,  # from `Encoder.uncut`
     encoder: Encoder,
 ) -> Encoded:
     "Cut an encoded record at the limit; refuse it if no target token or no image is left."
@@ -43,6 +44,7 @@ def fitted(
         raise BadRecord("mark", what, "choose another template", "image")
     return encoded
 
+
 def target_count(encoded: Encoded) -> int:
     "The number of target tokens; the first token is never predicted."
     after = encoded.labels[1:]
@@ -50,15 +52,16 @@ def target_count(encoded: Encoded) -> int:
 
 # %% ../nbs/07_dataset.ipynb #9cefe3b6
 def modality_length(
-    record: dict, # a valid record
-) -> int: # negative without an image
+    record: dict,  # a valid record
+) -> int:  # negative without an image
     "The number of words of all turns, signed by modality (`modality_lengths` of the original code)."
     words = sum(len(turn["value"].split()) for turn in record["conversations"])
     return words if image_of(record) is not None else -words
 
+
 def record_id(
-    record: Any, # may be no record at all
-) -> str: # short, and safe to print
+    record: Any,  # may be no record at all
+) -> str:  # short, and safe to print
     "A record's own id, for messages."
     found = record.get("id", "none") if isinstance(record, dict) else "none"
     return printable(found, 60) if isinstance(found, str) else shown(found, 60)
@@ -66,52 +69,60 @@ def record_id(
 # %% ../nbs/07_dataset.ipynb #55996b8a
 class LlavaDataset(Dataset):
     "Records as token ids, labels and pixels."
-    def __init__(self,
+
+    def __init__(
+        self,
         records: Sequence[dict],
         template: Template,
         encoder: Encoder,
-        image_transform: ImageTransform | None = None, # needed if a record has an image
-        image_folder: str | Path = ".", # where the records' image paths start
+        image_transform: ImageTransform | None = None,  # needed if a record has an image
+        image_folder: str | Path = ".",  # where the records' image paths start
     ):
         self.records, self.template, self.encoder = records, template, encoder
         self.image_transform, self.image_folder = image_transform, image_folder
-        self.lengths, self.supervised, self.word_lengths, self.pictures = self.measure()      # [N] each
+        self.lengths, self.supervised, self.word_lengths, self.pictures = self.measure()  # [N] each
         self.has_image = self.pictures >= 0
         if self.has_image.any() and image_transform is None:
             raise ValueError(f"{self.has_image.sum():,} records have an image, but no image_transform was given")
 
-    def measure(self) -> tuple[np.ndarray, ...]: # four times int [N]
+    def measure(self) -> tuple[np.ndarray, ...]:  # four times int [N]
         "Tokens, target tokens, words, and the number of the image or -1, of each record."
         images, rows = {None: -1}, []
         for i, record in enumerate(self.records):
-            try: encoded = encode(record, self.template, self.encoder)
-            except BadRecord as e: raise ValueError(f"record {i} (id {record_id(record)}): {e}") from None
+            try:
+                encoded = encode(record, self.template, self.encoder)
+            except BadRecord as e:
+                raise ValueError(f"record {i} (id {record_id(record)}): {e}") from None
             number = images.setdefault(image_of(record), len(images) - 1)
             rows.append((len(encoded.input_ids), target_count(encoded), modality_length(record), number))
         return tuple(np.array(rows, np.int64).reshape(-1, 4).T)
 
-    def __len__(self) -> int: return len(self.records)
+    def __len__(self) -> int:
+        return len(self.records)
 
-    def __getitem__(self, i: int) -> dict: return self.__getitems__([i])[0]
+    def __getitem__(self, i: int) -> dict:
+        return self.__getitems__([i])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict]: # `index`, and what `item` returns
+    def __getitems__(self, indices: list[int]) -> list[dict]:  # `index`, and what `item` returns
         "A batch of items; an image that several records show is one tensor."
         inputs, items = {-1: None}, []
         for i in indices:
             image = int(self.pictures[i])
-            if image not in inputs: inputs[image] = self.image_input(i)
+            if image not in inputs:
+                inputs[image] = self.image_input(i)
             items.append({"index": i} | self.item(self.records[i], inputs[image]))
         return items
 
-    def item(self, record: dict, image_input: torch.Tensor | None) -> dict: # `input_ids`, `labels` [L], `pixel_values`
+    def item(self, record: dict, image_input: torch.Tensor | None) -> dict:  # `input_ids`, `labels` [L], `pixel_values`
         "One item."
         encoded = encode(record, self.template, self.encoder)
         ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
         return {"input_ids": ids, "labels": labels, "pixel_values": image_input}
 
-    def image_input(self, i: int) -> torch.Tensor: # [3, H, W]
+    def image_input(self, i: int) -> torch.Tensor:  # [3, H, W]
         "The pixels of record `i`."
         path = Path(self.image_folder) / image_of(self.records[i])
-        try: return self.image_transform(path)
+        try:
+            return self.image_transform(path)
         except (OSError, ValueError) as e:
             raise ValueError(f"record {i} (id {record_id(self.records[i])}): {path}: {one_line(e)}") from e

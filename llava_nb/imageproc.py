@@ -17,19 +17,21 @@ from .base.terminal import shown
 
 # %% ../nbs/04_imageproc.ipynb #48fe5d61
 def background_from_mean(
-    mean: list[float], # the processor's mean of each channel, 0 to 1
-) -> tuple[int, int, int]: # 0 to 255
+    mean: list[float],  # the processor's mean of each channel, 0 to 1
+) -> tuple[int, int, int]:  # 0 to 255
     "The mean colour as whole numbers, rounded down as the reference does."
     return tuple(int(255 * m) for m in mean)
 
 # %% ../nbs/04_imageproc.ipynb #d9340ae2
 class ImageTransform:
     "From an image file to the tower's pixels."
-    def __init__(self,
-        processor, # the tower's Pillow image processor
-        aspect: str, # "square": scale the short side and crop; "pad": keep everything
-        apply_exif: bool = False, # rotate as the EXIF tag says; the reference takes pixels as stored
-        reduced_jpeg: bool = False, # decode large JPEGs at a smaller scale; pixels change
+
+    def __init__(
+        self,
+        processor,  # the tower's Pillow image processor
+        aspect: str,  # "square": scale the short side and crop; "pad": keep everything
+        apply_exif: bool = False,  # rotate as the EXIF tag says; the reference takes pixels as stored
+        reduced_jpeg: bool = False,  # decode large JPEGs at a smaller scale; pixels change
     ):
         if aspect not in ("square", "pad"):
             raise ValueError(f"image_aspect_ratio {shown(aspect)} is unknown; use 'square' or 'pad'")
@@ -37,9 +39,10 @@ class ImageTransform:
         self.apply_exif, self.reduced_jpeg = apply_exif, reduced_jpeg
         self.background = background_from_mean(processor.image_mean) if aspect == "pad" else None
 
-    def __call__(self,
-        image: str | Path | BinaryIO | Image.Image, # a file, or an RGB image
-    ) -> torch.Tensor: # [3, H, W], float32, normalised as the tower expects
+    def __call__(
+        self,
+        image: str | Path | BinaryIO | Image.Image,  # a file, or an RGB image
+    ) -> torch.Tensor:  # [3, H, W], float32, normalised as the tower expects
         "Decode, scale, and hand over to the tower's processor."
         if not isinstance(image, Image.Image):
             with open_image(image) as opened:
@@ -52,16 +55,17 @@ class ImageTransform:
         turn = turn_of(image) if self.apply_exif else None
         side = max(image.size)
         size = self.size(side, side) if self.background else self.size(*image.size)
-        if self.reduced_jpeg: # `draft` does nothing to other formats
+        if self.reduced_jpeg:  # `draft` does nothing to other formats
             padded = tuple(max(1, s * own // side) for s, own in zip(size, image.size))
             image.draft(None, padded if self.background else size)
         image = scale(image, size, self.processor.resample, self.background)
         return image if turn is None else image.transpose(turn)
 
-    def size(self,
-        width: int, # of an image
+    def size(
+        self,
+        width: int,  # of an image
         height: int,
-    ) -> tuple[int, int]: # width and height
+    ) -> tuple[int, int]:  # width and height
         "The size to which the processor would scale an image."
         size, short = self.processor.size, min(width, height)
         if not size.shortest_edge:
@@ -70,7 +74,7 @@ class ImageTransform:
         return tuple(edge if side == short else int(edge * side / short) for side in (width, height))
 
     @property
-    def shape(self) -> tuple[int, int, int]: # (3, H, W)
+    def shape(self) -> tuple[int, int, int]:  # (3, H, W)
         "The shape of the pixels."
         crop = self.processor.crop_size if getattr(self.processor, "do_center_crop", False) else self.processor.size
         return (3, crop["height"], crop["width"])

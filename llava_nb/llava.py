@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROJECTORS', 'PREFIX', 'PROJECTOR_FILE', 'BESIDE_PROJECTOR', 'HARMLESS', 'BESIDE_TOWER', 'llava_config', 'seeded',
-           'new_projector', 'add_image_token', 'fit_embeddings', 'said_rows', 'build_llava', 'check_features',
-           'valid_generation_config', 'connect_rows', 'unused_layers', 'prepare', 'tiny_llava', 'freeze', 'parts',
-           'read_projector', 'load_projector', 'projector_state', 'load_language_model', 'load_tower', 'check_llava',
-           'load_llava', 'meta_llava', 'shape_of']
+           'new_projector', 'add_image_token', 'fit_embeddings', 'text_vocab_rows', 'build_llava', 'check_features',
+           'valid_generation_config', 'install_packed_hooks', 'unused_layers', 'prepare', 'tiny_llava', 'freeze',
+           'parts', 'read_projector', 'load_projector', 'projector_state', 'load_language_model', 'load_tower',
+           'check_llava', 'load_llava', 'meta_llava', 'shape_of']
 
 # %% ../nbs/06_llava.ipynb #24e48131
 import contextlib
@@ -21,9 +21,20 @@ from types import MethodType
 
 import torch
 from torch import nn
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, CLIPVisionConfig, GenerationConfig, LlamaConfig,
-                          LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel,
-                          PreTrainedTokenizerBase, logging)
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    logging,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -37,39 +48,47 @@ from .fast.meter import ModelShape
 from .vision import Key, feature_count, hidden_states, image_size, load_vision_config, strategy_for
 
 # %% ../nbs/06_llava.ipynb #b7c00c6b
-PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}   # LLaVA's name -> llava-hf's activation
+PROJECTORS = {"mlp2x_gelu": "gelu", "linear": "linear"}  # LLaVA's name -> llava-hf's activation
+
 
 def llava_config(
-    text_config: PreTrainedConfig, # of the language model
-    vision_config: PreTrainedConfig, # of the tower
-    image_token_id: int, # id of `<image>`
-    projector_type: str = "mlp2x_gelu", # a key of `PROJECTORS`
-    feature_layer: int = -2, # index into the tower's hidden states
-    select_strategy: str | None = None, # "default" drops the class token, "full" keeps all; None: by the tower
+    text_config: PreTrainedConfig,  # of the language model
+    vision_config: PreTrainedConfig,  # of the tower
+    image_token_id: int,  # id of `<image>`
+    projector_type: str = "mlp2x_gelu",  # a key of `PROJECTORS`
+    feature_layer: int = -2,  # index into the tower's hidden states
+    select_strategy: str | None = None,  # "default" drops the class token, "full" keeps all; None: by the tower
 ) -> LlavaConfig:
     "The llava-hf configuration of these parts."
     if projector_type not in PROJECTORS:
-        raise ValueError(f"projector_type {shown(projector_type)} cannot be saved as a llava-hf projector; "
-                         f"use one of {', '.join(PROJECTORS)}")
+        raise ValueError(
+            f"projector_type {shown(projector_type)} cannot be saved as a llava-hf projector; "
+            f"use one of {', '.join(PROJECTORS)}"
+        )
     select_strategy = strategy_for(vision_config, feature_layer, select_strategy)
     return LlavaConfig(
-        text_config=text_config, vision_config=vision_config, image_token_id=image_token_id,
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=image_token_id,
         projector_hidden_act=PROJECTORS[projector_type],
-        vision_feature_layer=feature_layer, vision_feature_select_strategy=select_strategy,
-        image_seq_length=feature_count(vision_config, feature_layer, select_strategy))
+        vision_feature_layer=feature_layer,
+        vision_feature_select_strategy=select_strategy,
+        image_seq_length=feature_count(vision_config, feature_layer, select_strategy),
+    )
 
 # %% ../nbs/06_llava.ipynb #c56e2aaf
 @contextlib.contextmanager
 def seeded(
-    seed: int, # of torch's global generator, inside
+    seed: int,  # of torch's global generator, inside
 ):
     "Run a block under a seed and leave the global generator as it was."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
+
 def new_projector(
-    config: LlavaConfig, # of the model that will hold it
+    config: LlavaConfig,  # of the model that will hold it
     seed: int = 42,
 ) -> LlavaMultiModalProjector:
     "A projector with fresh weights under a seed."
@@ -82,17 +101,18 @@ def new_projector(
 
 # %% ../nbs/06_llava.ipynb #7ea53573
 def add_image_token(
-    tokenizer: PreTrainedTokenizerBase, # changed in place
+    tokenizer: PreTrainedTokenizerBase,  # changed in place
     image_token: str = "<image>",
-) -> int: # its id
+) -> int:  # its id
     "Give the tokenizer an `<image>` token if it has none."
     if image_token not in tokenizer.get_vocab():
         tokenizer.add_tokens([image_token], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(image_token)
 
+
 def fit_embeddings(
-    model: PreTrainedModel, # changed in place
-    rows: int, # at least
+    model: PreTrainedModel,  # changed in place
+    rows: int,  # at least
     seed: int,
 ) -> None:
     "Add rows for new tokens, drawn around the mean of the existing ones."
@@ -100,30 +120,31 @@ def fit_embeddings(
         with seeded(seed):
             model.resize_token_embeddings(rows, pad_to_multiple_of=64)
 
-def said_rows(
-    rows: int, # of the language model's vocabulary
+
+def text_vocab_rows(
+    rows: int,  # of the language model's vocabulary
     tokenizer: PreTrainedTokenizerBase,
-    spoken: Sequence[str], # added tokens that texts may contain
+    spoken: Sequence[str],  # added tokens that texts may contain
 ) -> int:
     "Rows that enter the softmax: those of the language model, and of added tokens that texts may contain."
     return max([rows, *(1 + tokenizer.convert_tokens_to_ids(name) for name in spoken)])
 
 # %% ../nbs/06_llava.ipynb #e1e6f031
 def build_llava(
-    language_model: PreTrainedModel, # AutoModelForCausalLM
-    vision_tower: PreTrainedModel, # AutoModel of a tower
-    tokenizer: PreTrainedTokenizerBase, # gets `<image>` if it has none
-    projector_type: str = "mlp2x_gelu", # a key of `PROJECTORS`
-    feature_layer: int = -2, # index into the tower's hidden states
-    select_strategy: str | None = None, # "default" drops the class token, "full" keeps all; None: by the tower
-    seed: int = 42, # of the projector and of new embedding rows
-    spoken: Sequence[str] = (), # added tokens that texts may contain, see `masking.add_spoken`
+    language_model: PreTrainedModel,  # AutoModelForCausalLM
+    vision_tower: PreTrainedModel,  # AutoModel of a tower
+    tokenizer: PreTrainedTokenizerBase,  # gets `<image>` if it has none
+    projector_type: str = "mlp2x_gelu",  # a key of `PROJECTORS`
+    feature_layer: int = -2,  # index into the tower's hidden states
+    select_strategy: str | None = None,  # "default" drops the class token, "full" keeps all; None: by the tower
+    seed: int = 42,  # of the projector and of new embedding rows
+    spoken: Sequence[str] = (),  # added tokens that texts may contain, see `masking.add_spoken`
 ) -> LlavaForConditionalGeneration:
     "Put a language model and a vision tower into transformers' LLaVA, with a new projector between them."
     check_language_model(language_model.config)
     decoder, own = decoder_of(language_model), language_model.get_input_embeddings().num_embeddings
     image_token_id = add_image_token(tokenizer)
-    text_vocab_size = said_rows(own, tokenizer, spoken)
+    text_vocab_size = text_vocab_rows(own, tokenizer, spoken)
     fit_embeddings(language_model, max(image_token_id + 1, text_vocab_size), seed)
     configs = language_model.config, vision_tower.config
     config = llava_config(*configs, image_token_id, projector_type, feature_layer, select_strategy)
@@ -143,11 +164,14 @@ def _projector_as(model: LlavaForConditionalGeneration, dtype: torch.dtype) -> I
     "The projector in the tower's dtype: CLIP is saved in float32, Vicuna in float16, and training casts both."
     inner, projector = model.model, model.model.multi_modal_projector
     inner.multi_modal_projector = copy.deepcopy(projector).to(dtype)
-    try: yield
-    finally: inner.multi_modal_projector = projector
+    try:
+        yield
+    finally:
+        inner.multi_modal_projector = projector
+
 
 def check_features(
-    model: LlavaForConditionalGeneration, # prepared
+    model: LlavaForConditionalGeneration,  # prepared
 ) -> None:
     "Send a blank image through tower and projector, and check the features' shape and values."
     config, tower = model.config, model.model.vision_tower
@@ -156,15 +180,19 @@ def check_features(
         found = model.get_image_features(blank).pooler_output[0]
     wanted = [config.image_seq_length, config.text_config.hidden_size]
     if list(found.shape) != wanted:
-        raise ValueError(f"tower and projector make {list(found.shape)} of an image, "
-                         f"the language model expects {wanted}; use a tower of a supported family")
+        raise ValueError(
+            f"tower and projector make {list(found.shape)} of an image, "
+            f"the language model expects {wanted}; use a tower of a supported family"
+        )
     if not found.isfinite().all():
-        raise ValueError("tower and projector make image features that are not finite (NaN or infinity): "
-                         "the tower's weights are damaged; download them again")
+        raise ValueError(
+            "tower and projector make image features that are not finite (NaN or infinity): "
+            "the tower's weights are damaged; download them again"
+        )
 
 # %% ../nbs/06_llava.ipynb #aaf2f3b0
 def valid_generation_config(
-    config: GenerationConfig | None, # of the language model
+    config: GenerationConfig | None,  # of the language model
 ) -> GenerationConfig:
     "A copy that can be saved: sampling settings without sampling are dropped."
     config = GenerationConfig() if config is None else GenerationConfig.from_dict(config.to_dict())
@@ -174,8 +202,8 @@ def valid_generation_config(
     return config
 
 # %% ../nbs/06_llava.ipynb #32571b79
-def connect_rows(
-    model: LlavaForConditionalGeneration, # changed in place
+def install_packed_hooks(
+    model: LlavaForConditionalGeneration,  # changed in place
 ) -> None:
     "Add the arguments `picture_of`, `tower`, `features` and `loss` to the model's forward."
     inner, head, tower, placed = model.model, model.lm_head, model.model.vision_tower, {}
@@ -183,44 +211,50 @@ def connect_rows(
     used = model.config.vision_feature_layer
     tower.states = 1 + max(map(abs, [used] if isinstance(used, int) else used))
     tower.needed, tower.given, tower.forward = True, False, MethodType(_tower_forward, tower)
+
     def read_arguments(module, args, kwargs):
-        placed["of"] = kwargs.pop("picture_of", None)      # which image stands at each record's `<image>`
-        tower.needed = kwargs.pop("tower", True)           # False: no rank has an image
-        tower.given = kwargs.pop("features", False)        # True: the pixels are a tower's features
-        head.asked = kwargs.pop("loss", None)              # see `LossHead`
+        placed["of"] = kwargs.pop("picture_of", None)  # which image stands at each record's `<image>`
+        tower.needed = kwargs.pop("tower", True)  # False: no rank has an image
+        tower.given = kwargs.pop("features", False)  # True: the pixels are a tower's features
+        head.asked = kwargs.pop("loss", None)  # see `LossHead`
         return args, kwargs
-    def repeat_images(module, args, features): # [P, F, h] -> [1, N x F, h]
+
+    def repeat_images(module, args, features):  # [P, F, h] -> [1, N x F, h]
         of = placed.pop("of", None)
         return features if of is None else features.index_select(0, of).flatten(0, 1)[None]
+
     model.register_forward_pre_hook(read_arguments, with_kwargs=True)
     inner.multi_modal_projector.register_forward_hook(repeat_images)
+
 
 def _tower_forward(tower: nn.Module, pixel_values: torch.Tensor, *args, **kwargs):
     "The tower's forward; given features pass through, and zeros of the same width stand for images that nobody has."
     needed, given = tower.needed, tower.given
-    tower.needed, tower.given = True, False      # an argument holds for one call
+    tower.needed, tower.given = True, False  # an argument holds for one call
     if needed and not given:
         return type(tower).forward(tower, pixel_values, *args, **kwargs)
     zeros = pixel_values.new_zeros(1, 2, tower.config.hidden_size, dtype=tower.dtype)
     state = pixel_values if needed else zeros
-    return BaseModelOutputWithPooling(hidden_states=(state,) * tower.states)      # whichever state is selected
+    return BaseModelOutputWithPooling(hidden_states=(state,) * tower.states)  # whichever state is selected
 
 # %% ../nbs/06_llava.ipynb #c57405a3
 def unused_layers(
     model: LlavaForConditionalGeneration,
-) -> list[nn.Module]: # of the tower
+) -> list[nn.Module]:  # of the tower
     "The layers after the one whose features are used; none if the tower's structure is not known."
     tower, used = model.model.vision_tower, model.config.vision_feature_layer
     stack = _layers(tower)
     if stack is None or not _plain_layers(Key(copy.deepcopy(tower.config))):
         return []
-    states = len(stack) + 1                     # hidden state k is the output of layer k - 1
-    return list(stack[max(k % states for k in ([used] if isinstance(used, int) else used)):])
+    states = len(stack) + 1  # hidden state k is the output of layer k - 1
+    return list(stack[max(k % states for k in ([used] if isinstance(used, int) else used)) :])
+
 
 def _layers(tower: nn.Module) -> nn.ModuleList | None:
     count = getattr(tower.config, "num_hidden_layers", None)
     stacks = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and len(m) == count]
     return stacks[0] if len(stacks) == 1 else None
+
 
 @cache
 def _plain_layers(key: Key) -> bool:
@@ -238,36 +272,46 @@ def _plain_layers(key: Key) -> bool:
 def _return_input(layer: nn.Module, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     return hidden_states
 
+
 def prepare(
-    model: LlavaForConditionalGeneration, # built or loaded
-) -> LlavaForConditionalGeneration: # the same object
+    model: LlavaForConditionalGeneration,  # built or loaded
+) -> LlavaForConditionalGeneration:  # the same object
     "Make a model ready for packed sequences. Nothing of it is saved."
     model.set_attn_implementation({"text_config": register_attention()})
-    model.config.use_cache = model.config.text_config.use_cache = False   # with a cache, packed records see each other
-    connect_rows(model)
-    for layer in unused_layers(model): layer.forward = MethodType(_return_input, layer)
+    model.config.use_cache = model.config.text_config.use_cache = False  # with a cache, packed records see each other
+    install_packed_hooks(model)
+    for layer in unused_layers(model):
+        layer.forward = MethodType(_return_input, layer)
     return model
 
 # %% ../nbs/06_llava.ipynb #5ffcf445
 def tiny_llava(
-    tokenizer: PreTrainedTokenizerBase, # gets `<image>` if it has none
+    tokenizer: PreTrainedTokenizerBase,  # gets `<image>` if it has none
     seed: int = 0,
-    **settings, # for `build_llava`
+    **settings,  # for `build_llava`
 ) -> LlavaForConditionalGeneration:
     "A LLaVA of some 0.4M random parameters, for notebooks and tests."
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     vision = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
+        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14
+    )
     with seeded(seed):
         language_model, tower = AutoModelForCausalLM.from_config(text), AutoModel.from_config(vision)
         return build_llava(language_model, tower, tokenizer, seed=seed, **settings)
 
 # %% ../nbs/06_llava.ipynb #40607367
 def freeze(
-    model: LlavaForConditionalGeneration, # changed in place
-    stage: int, # 1: only the projector trains; 2: projector and language model
+    model: LlavaForConditionalGeneration,  # changed in place
+    stage: int,  # 1: only the projector trains; 2: projector and language model
 ) -> None:
     "Set what trains. The tower never does, and stays in evaluation mode."
     if stage not in (1, 2):
@@ -277,29 +321,32 @@ def freeze(
     inner.vision_tower.requires_grad_(False)
     inner.multi_modal_projector.requires_grad_(True)
     if model.config.projector_hidden_act == "linear":
-        inner.multi_modal_projector.linear_2.requires_grad_(False)       # the fixed identity
+        inner.multi_modal_projector.linear_2.requires_grad_(False)  # the fixed identity
     inner.vision_tower.eval()
-    inner.vision_tower.train = lambda mode=True: inner.vision_tower      # `model.train()` does not change it
+    inner.vision_tower.train = lambda mode=True: inner.vision_tower  # `model.train()` does not change it
 
 # %% ../nbs/06_llava.ipynb #d0b6c648
 def parts(
     model: LlavaForConditionalGeneration,
-) -> dict[str, list[nn.Parameter]]: # "language model", "projector", "vision tower"
+) -> dict[str, list[nn.Parameter]]:  # "language model", "projector", "vision tower"
     "The parameters of each part, each parameter once."
     groups = {"language model": [], "projector": [], "vision tower": []}
     for name, p in model.named_parameters():
-        if "multi_modal_projector" in name: part = "projector"
-        else: part = "vision tower" if "vision_tower" in name else "language model"
+        if "multi_modal_projector" in name:
+            part = "projector"
+        else:
+            part = "vision tower" if "vision_tower" in name else "language model"
         groups[part].append(p)
     return groups
 
 # %% ../nbs/06_llava.ipynb #81e74227
 PREFIX, PROJECTOR_FILE = "multi_modal_projector.", "projector.safetensors"
-BESIDE_PROJECTOR = r"^(model\.)?(language_model|vision_tower|lm_head)\."      # other tensors of a llava-hf folder
+BESIDE_PROJECTOR = r"^(model\.)?(language_model|vision_tower|lm_head)\."  # other tensors of a llava-hf folder
+
 
 def read_projector(
-    path: str | Path, # projector.safetensors, a folder that holds one, or a llava-hf folder
-) -> dict[str, torch.Tensor]: # "linear_1.weight", ...
+    path: str | Path,  # projector.safetensors, a folder that holds one, or a llava-hf folder
+) -> dict[str, torch.Tensor]:  # "linear_1.weight", ...
     "Read a projector's tensors from safetensors."
     path, found, others = Path(path), {}, []
     for file in _projector_files(path):
@@ -310,119 +357,148 @@ def read_projector(
     if not found:
         raise ValueError(f"{path}: holds no projector (no `{PREFIX}*` tensor); give the output folder of stage 1")
     if others:
-        raise ValueError(f"{path}: beside a projector it holds {len(others)} tensors that LLaVA-1.5 has no place for, "
-                         f"{printable(min(others), 200)} the first; it comes from another architecture")
+        raise ValueError(
+            f"{path}: beside a projector it holds {len(others)} tensors that LLaVA-1.5 has no place for, "
+            f"{printable(min(others), 200)} the first; it comes from another architecture"
+        )
     return found
+
 
 def _projector_files(path: Path) -> list[Path]:
     files = [path] if path.is_file() else sorted(path.glob(PROJECTOR_FILE)) or sorted(path.glob("model*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{path}: no {PROJECTOR_FILE} and no model*.safetensors; "
-                                "give the output folder of stage 1")
+        raise FileNotFoundError(
+            f"{path}: no {PROJECTOR_FILE} and no model*.safetensors; give the output folder of stage 1"
+        )
     if any(f.suffix != ".safetensors" for f in files):
-        raise ValueError(f"{path}: only safetensors are read, a pickle could run code; "
-                         f"`llava_nb convert {path} FOLDER` makes {PROJECTOR_FILE} of it")
+        raise ValueError(
+            f"{path}: only safetensors are read, a pickle could run code; "
+            f"`llava_nb convert {path} FOLDER` makes {PROJECTOR_FILE} of it"
+        )
     return files
 
 # %% ../nbs/06_llava.ipynb #a15b7f67
 def load_projector(
-    model: LlavaForConditionalGeneration, # changed in place; partitioned or not
-    path: str | Path, # see `read_projector`
+    model: LlavaForConditionalGeneration,  # changed in place; partitioned or not
+    path: str | Path,  # see `read_projector`
 ) -> None:
     "Put a saved projector into the model."
     found, own = read_projector(path), dict(model.model.multi_modal_projector.named_parameters())
     if {k: full_shape(v) for k, v in found.items()} != {k: full_shape(v) for k, v in own.items()}:
         shapes = lambda tensors: ", ".join(f"{k} {list(full_shape(v))}" for k, v in sorted(tensors.items()))
-        raise ValueError(f"{path}: the projector does not fit. File: {shapes(found)}. Model: {shapes(own)}. "
-                         "It was trained for another language model, tower or projector_type.")
+        raise ValueError(
+            f"{path}: the projector does not fit. File: {shapes(found)}. Model: {shapes(own)}. "
+            "It was trained for another language model, tower or projector_type."
+        )
     with gathered(list(own.values()), write=True), torch.no_grad():
         for name, p in own.items():
-            if p.shape == found[name].shape: p.copy_(found[name])
+            if p.shape == found[name].shape:
+                p.copy_(found[name])
+
 
 def projector_state(
-    model: LlavaForConditionalGeneration, # partitioned or not; all ranks must call
-) -> dict[str, torch.Tensor]: # on the CPU
+    model: LlavaForConditionalGeneration,  # partitioned or not; all ranks must call
+) -> dict[str, torch.Tensor]:  # on the CPU
     "The projector's whole tensors, gathered if they are partitioned."
     own = dict(model.model.multi_modal_projector.named_parameters())
     with gathered(list(own.values())):
         return {name: p.detach().cpu().clone() for name, p in own.items()}
 
 # %% ../nbs/06_llava.ipynb #7e96a9c9
-HARMLESS = (r"rotary_emb\.(inv_freq|(cos|sin)_cached)|(attn|attention)\.(masked_)?bias|position_ids"
-            r"|relative_position_index|num_batches_tracked")
-BESIDE_TOWER = HARMLESS + (      # other halves of a model with a tower, and what follows the tower
+HARMLESS = (
+    r"rotary_emb\.(inv_freq|(cos|sin)_cached)|(attn|attention)\.(masked_)?bias|position_ids"
+    r"|relative_position_index|num_batches_tracked"
+)
+BESIDE_TOWER = HARMLESS + (  # other halves of a model with a tower, and what follows the tower
     r"|(^|\.)(text_model|language_model|multi_modal_projector|lm_head|visual_projection|text_projection"
-    r"|logit_scale|logit_bias|classifier|head|pooler|fc_norm|mask_token|decoder)(\.|$)")
+    r"|logit_scale|logit_bias|classifier|head|pooler|fc_norm|mask_token|decoder)(\.|$)"
+)
+
 
 def _load_complete(kind: type, path: str | Path, harmless: str = HARMLESS, **settings) -> PreTrainedModel:
     "Load a model; raise if weights are missing or unused."
     level = logging.get_verbosity()
-    logging.set_verbosity_error()                   # hides its table of missing weights
-    try: model, found = trust.load(kind, path, weights=True, output_loading_info=True, **settings)
-    finally: logging.set_verbosity(level)
+    logging.set_verbosity_error()  # hides its table of missing weights
+    try:
+        model, found = trust.load(kind, path, weights=True, output_loading_info=True, **settings)
+    finally:
+        logging.set_verbosity(level)
     missing = sorted(found["missing_keys"])
     if missing:
-        raise ValueError(f"{path}: {len(missing)} weights of {type(model).__name__} are not in it, {missing[0]} the "
-                         "first; it holds another architecture, or its download is not complete")
+        raise ValueError(
+            f"{path}: {len(missing)} weights of {type(model).__name__} are not in it, {missing[0]} the "
+            "first; it holds another architecture, or its download is not complete"
+        )
     unused = sorted(k for k in found["unexpected_keys"] if not re.search(harmless, k))
     if unused:
-        raise ValueError(f"{path}: it holds {len(unused)} weights that {type(model).__name__} has no place for, "
-                         f"{printable(unused[0], 200)} the first; it is another architecture, "
-                         "and would be used without them")
+        raise ValueError(
+            f"{path}: it holds {len(unused)} weights that {type(model).__name__} has no place for, "
+            f"{printable(unused[0], 200)} the first; it is another architecture, "
+            "and would be used without them"
+        )
     return model
 
 # %% ../nbs/06_llava.ipynb #b62d7a7a
 def load_language_model(
-    path: str | Path, # folder or hub id
-    dtype: str | torch.dtype = "auto", # "auto": as saved
+    path: str | Path,  # folder or hub id
+    dtype: str | torch.dtype = "auto",  # "auto": as saved
 ) -> PreTrainedModel:
     "A causal language model by transformers' Auto class."
     check_language_model(trust.load(AutoConfig, path), path)
     return _load_complete(AutoModelForCausalLM, path, dtype=dtype)
 
+
 def load_tower(
-    path: str | Path, # folder or hub id of a tower, or of a model that holds one
+    path: str | Path,  # folder or hub id of a tower, or of a model that holds one
 ) -> PreTrainedModel:
     "A vision tower by the class that its configuration names."
     config = load_vision_config(path)
     with trust.explained(path, "a vision tower"), torch.device("meta"):
         kind = type(AutoModel.from_config(config))
     hidden_states(config)
-    prefix = {r"^vision_tower\.": ""}      # as a llava-hf folder names them
+    prefix = {r"^vision_tower\.": ""}  # as a llava-hf folder names them
     return _load_complete(kind, path, BESIDE_TOWER, config=config, key_mapping=prefix)
 
 # %% ../nbs/06_llava.ipynb #1f14d226
 def check_llava(
-    config: PreTrainedConfig, # of a folder given as `model`
-    source: str | Path = "the model", # that a message names
+    config: PreTrainedConfig,  # of a folder given as `model`
+    source: str | Path = "the model",  # that a message names
 ) -> None:
     "Refuse a model that is not of LLaVA-1.5's architecture, or whose parts do not fit it."
     if config.model_type != "llava":
-        raise ValueError(f"{source}: a {shown(config.model_type)} model is not trained here, "
-                         "only LLaVA-1.5's architecture, model_type 'llava' ("
-                         "llava-hf/llava-1.5-7b-hf and the results of stage 2); "
-                         "a language model alone is `language_model`, with a `vision_tower`")
+        raise ValueError(
+            f"{source}: a {shown(config.model_type)} model is not trained here, "
+            "only LLaVA-1.5's architecture, model_type 'llava' ("
+            "llava-hf/llava-1.5-7b-hf and the results of stage 2); "
+            "a language model alone is `language_model`, with a `vision_tower`"
+        )
     check_language_model(config.text_config, source)
     layers, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
     layers = [layers] if isinstance(layers, int) else layers
-    try: counts = {feature_count(config.vision_config, k, strategy) for k in layers}
-    except ValueError as e: raise ValueError(f"{source}: {e}") from None
+    try:
+        counts = {feature_count(config.vision_config, k, strategy) for k in layers}
+    except ValueError as e:
+        raise ValueError(f"{source}: {e}") from None
     if counts != {config.image_seq_length}:
-        raise ValueError(f"{source}: its configuration says image_seq_length {config.image_seq_length}, "
-                         f"its tower gives {', '.join(map(str, sorted(counts)))} features of an image; "
-                         "correct config.json")
+        raise ValueError(
+            f"{source}: its configuration says image_seq_length {config.image_seq_length}, "
+            f"its tower gives {', '.join(map(str, sorted(counts)))} features of an image; "
+            "correct config.json"
+        )
 
+# %% ../nbs/06_llava.ipynb #f7a7c2f0
 def load_llava(
-    path: str | Path, # llava-hf folder or hub id
-    dtype: str | torch.dtype = "auto", # "auto": as saved
+    path: str | Path,  # llava-hf folder or hub id
+    dtype: str | torch.dtype = "auto",  # "auto": as saved
 ) -> LlavaForConditionalGeneration:
     "A llava-hf model, ready for packed sequences. Partitioned while it is read under ZeRO-3."
     check_llava(trust.load(AutoConfig, path), path)
     model = _load_complete(LlavaForConditionalGeneration, path, dtype=dtype)
-    if not hasattr(model.config, "llava_nb"):      # a published checkpoint: `<image>` was the first row that was added
+    if not hasattr(model.config, "llava_nb"):  # a published checkpoint: `<image>` was the first row that was added
         config = model.config
         config.llava_nb = {"text_vocab_size": config.image_token_id, "image_seq_len": config.image_seq_length}
     return prepare(model)
+
 
 def meta_llava(
     config: LlavaConfig,
@@ -434,18 +510,25 @@ def meta_llava(
 
 # %% ../nbs/06_llava.ipynb #74185006
 def shape_of(
-    model: LlavaForConditionalGeneration, # on any device; partitioned or not
+    model: LlavaForConditionalGeneration,  # on any device; partitioned or not
 ) -> ModelShape:
     "The sizes of a model that cost FLOPs."
     text, inner = model.config.text_config, model.model
     (heads, _, size), (window, windowed) = attention_heads(text), sliding_window(text)
     embedding = inner.language_model.get_input_embeddings().weight
     return ModelShape(
-        decoder=_matrices(inner.language_model, but=embedding), head=math.prod(full_shape(model.lm_head.weight)),
-        layers=text.num_hidden_layers, width=heads * size, projector=_matrices(inner.multi_modal_projector),
+        decoder=_matrices(inner.language_model, but=embedding),
+        head=math.prod(full_shape(model.lm_head.weight)),
+        layers=text.num_hidden_layers,
+        width=heads * size,
+        projector=_matrices(inner.multi_modal_projector),
         tower=_matrices(inner.vision_tower) - sum(map(_matrices, unused_layers(model))),
-        features=model.config.image_seq_length, window=window, windowed=windowed)
+        features=model.config.image_seq_length,
+        window=window,
+        windowed=windowed,
+    )
 
-def _matrices(module: nn.Module, but: nn.Parameter | None = None) -> int: # weights in matrix products
+
+def _matrices(module: nn.Module, but: nn.Parameter | None = None) -> int:  # weights in matrix products
     shapes = [full_shape(p) for p in module.parameters() if p is not but]
     return sum(math.prod(shape) for shape in shapes if len(shape) > 1)

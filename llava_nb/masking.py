@@ -23,7 +23,7 @@ from .conversation import IMAGE_TOKEN, BadRecord, Segment, is_control
 from .base.terminal import printable, shown
 
 # %% ../nbs/03_masking.ipynb #9aae1978
-IGNORE_INDEX = -100      # cross-entropy skips it
+IGNORE_INDEX = -100  # cross-entropy skips it
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerBase:
@@ -31,20 +31,25 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(files("llava_nb") / "data" / "tokenizer_tiny"))
 
 # %% ../nbs/03_masking.ipynb #6fa076d6
-SENTINEL = "\ufdd0\ufddf"      # noncharacters, refused in every record
+SENTINEL = "\ufdd0\ufddf"  # noncharacters, refused in every record
 
 
 def text_only_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, # any fast tokenizer
-    spoken: Sequence[str] = (), # special tokens that texts may say
-) -> tuple[Tokenizer, dict[int, int]]: # the copy, and the tokenizer's id of each ordinary added token by the copy's id
+    tokenizer: PreTrainedTokenizerBase,  # any fast tokenizer
+    spoken: Sequence[str] = (),  # special tokens that texts may say
+) -> tuple[Tokenizer, dict[int, int]]:  # the copy, and the tokenizer's id of each ordinary added token by the copy's id
     "A copy of the tokenizer that reads every text as text: the same rules, no special token but `SENTINEL`."
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets; "
-                         "load a fast one (tokenizer.json)")
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer and gives no character offsets; "
+            "load a fast one (tokenizer.json)"
+        )
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    ordinary = [t for t in state["added_tokens"]      # runs of spaces, say: text like any other
-                if t["content"] in spoken or not is_control(t["content"], t["special"])]
+    ordinary = [
+        t
+        for t in state["added_tokens"]  # runs of spaces, say: text like any other
+        if t["content"] in spoken or not is_control(t["content"], t["special"])
+    ]
     state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     copy = Tokenizer.from_str(json.dumps(state))
     flags = ("single_word", "lstrip", "rstrip", "normalized")
@@ -53,16 +58,19 @@ def text_only_tokenizer(
     return copy, {copy.token_to_id(t["content"]): t["id"] for t in ordinary}
 
 # %% ../nbs/03_masking.ipynb #5df976e3
-_STEERS = re.compile(r"""</?s>|<(bos|eos|pad|unk|mask|(start|end)_of_turn)>|\[/?(INST|SYS\w*|AVAILABLE_TOOLS)\]|
+_STEERS = re.compile(
+    r"""</?s>|<(bos|eos|pad|unk|mask|(start|end)_of_turn)>|\[/?(INST|SYS\w*|AVAILABLE_TOOLS)\]|
     <\|(im_(start|end|sep)|(start|end)_header_id|eo[tm]_id|(begin|end)_of_text|endoftext|end|start|message|channel|
     return|user|assistant|system|(START|END)_OF_TURN_TOKEN|(USER|CHATBOT|SYSTEM)_TOKEN)\|>|
-    <｜(User|Assistant|(begin|end)▁of▁sentence)｜>""", re.VERBOSE)
+    <｜(User|Assistant|(begin|end)▁of▁sentence)｜>""",
+    re.VERBOSE,
+)
 
 
 def check_spoken(
-    names: Sequence[str], # the setting `special_tokens`
+    names: Sequence[str],  # the setting `special_tokens`
     tokenizer: PreTrainedTokenizerBase,
-    marks: Iterable[str] = (), # of the template
+    marks: Iterable[str] = (),  # of the template
 ) -> None:
     "Refuse tokens that texts must not contain."
     roles = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
@@ -78,15 +86,15 @@ def check_spoken(
             continue
         raise ValueError(f"special_tokens: {shown(name)} {wrong}; leave it out")
 
-
+# %% ../nbs/03_masking.ipynb #2b8f9743
 def _ordinary(name: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     return name not in tokenizer.get_added_vocab() and tokenizer.backend_tokenizer.token_to_id(name) is not None
 
 
 def add_spoken(
-    tokenizer: PreTrainedTokenizerBase, # changed in place
-    names: Sequence[str], # `special_tokens`
-) -> list[str]: # those that are new to it
+    tokenizer: PreTrainedTokenizerBase,  # changed in place
+    names: Sequence[str],  # `special_tokens`
+) -> list[str]:  # those that are new to it
     "Add the tokens that texts may contain and that the tokenizer lacks."
     check_spoken(names, tokenizer)
     new = [name for name in dict.fromkeys(names) if name not in tokenizer.get_added_vocab()]
@@ -96,12 +104,13 @@ def add_spoken(
 # %% ../nbs/03_masking.ipynb #f1fabb24
 class Encoded(NamedTuple):
     "A record as the model reads it."
+
     input_ids: list[int]
-    labels: list[int]                    # the id where it is learned, else `IGNORE_INDEX`
-    image_spans: list[tuple[int, int]]   # positions of each image's placeholders, end exclusive
+    labels: list[int]  # the id where it is learned, else `IGNORE_INDEX`
+    image_spans: list[tuple[int, int]]  # positions of each image's placeholders, end exclusive
 
 
-def _pieces(segments: Sequence[Segment], breaks: bool) -> Iterator[tuple[str, Segment | None]]: # text, its segment
+def _pieces(segments: Sequence[Segment], breaks: bool) -> Iterator[tuple[str, Segment | None]]:  # text, its segment
     "The texts that the tokenizer reads; a sentinel without a segment where a text begins to be learned."
     for before, s in zip((None, *segments), segments):
         begins = s.learned and before and not before.learned
@@ -118,17 +127,21 @@ def _encoded(text_only: Tokenizer, text: str) -> Encoding:
         raise
     except BaseException as e:
         failure = f"{type(e).__name__}: {printable(e, 200)}"
-        raise BadRecord("tokenizer", f"the tokenizer fails on a text of {len(text):,} characters ({failure})",
-                        "leave the record out", "conversations") from None
+        raise BadRecord(
+            "tokenizer",
+            f"the tokenizer fails on a text of {len(text):,} characters ({failure})",
+            "leave the record out",
+            "conversations",
+        ) from None
 
 # %% ../nbs/03_masking.ipynb #0d518f2b
 def encode_chunk(
-    text_only: Tokenizer, # see `text_only_tokenizer`
-    segments: Sequence[Segment], # without images
-    special_ids: dict[str, int], # id of each special token by its literal
-    renumber: dict[int, int] = {}, # see `text_only_tokenizer`
-    breaks: bool = False, # let no token reach from a question into its answer
-) -> tuple[list[int], list[int]]: # ids and labels
+    text_only: Tokenizer,  # see `text_only_tokenizer`
+    segments: Sequence[Segment],  # without images
+    special_ids: dict[str, int],  # id of each special token by its literal
+    renumber: dict[int, int] = {},  # see `text_only_tokenizer`
+    breaks: bool = False,  # let no token reach from a question into its answer
+) -> tuple[list[int], list[int]]:  # ids and labels
     "Encode the text between two images once, and label the tokens that are learned."
     pieces, owners = zip(*_pieces(segments, breaks))
     text = "".join(pieces)
@@ -147,15 +160,15 @@ def encode_chunk(
 
 # %% ../nbs/03_masking.ipynb #0baf40c3
 def goes_on(
-    text_only: Tokenizer, # see `text_only_tokenizer`
+    text_only: Tokenizer,  # see `text_only_tokenizer`
 ) -> bool:
     "Whether the tokenizer encodes text after a special token without adding a space of its own."
     return not text_only.encode(f"{SENTINEL}x", add_special_tokens=False).tokens[1].startswith(("▁", "Ġ"))
 
 
 def eaten(
-    segments: Sequence[Segment], # of a chunk
-    eats: dict[str, tuple[bool, bool]], # whether a special token removes white space before and after it
+    segments: Sequence[Segment],  # of a chunk
+    eats: dict[str, tuple[bool, bool]],  # whether a special token removes white space before and after it
 ) -> list[Segment]:
     "The segments without the white space that special tokens remove (Phi 3's `<|end|>`)."
     if not eats:
@@ -174,62 +187,76 @@ def eaten(
 # %% ../nbs/03_masking.ipynb #6eaddd87
 class TextEncoder:
     "The text between images to ids and labels, with any fast tokenizer."
-    def __init__(self,
-        tokenizer: PreTrainedTokenizerBase, # fast
-        spoken: Sequence[str] = (), # special tokens that texts may contain, see `check_spoken`
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,  # fast
+        spoken: Sequence[str] = (),  # special tokens that texts may contain, see `check_spoken`
     ):
         self.tokenizer, self.spoken = tokenizer, tuple(spoken)
         self.text_only, self.renumber = text_only_tokenizer(tokenizer, self.spoken)
         self.breaks = goes_on(self.text_only)
         added = tokenizer.added_tokens_decoder
-        self.control_ids = {i for i, t in added.items()
-                            if t.content not in self.spoken and is_control(t.content, t.special)}
-        self.eats = {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.lstrip or t.rstrip}      # white space
+        self.control_ids = {
+            i for i, t in added.items() if t.content not in self.spoken and is_control(t.content, t.special)
+        }
+        self.eats = {t.content: (t.lstrip, t.rstrip) for t in added.values() if t.lstrip or t.rstrip}  # white space
 
-    def chunk(self,
-        segments: list[Segment], # without images
-    ) -> tuple[list[int], list[int]]: # ids and labels
+    def chunk(
+        self,
+        segments: list[Segment],  # without images
+    ) -> tuple[list[int], list[int]]:  # ids and labels
         "Encode a chunk; a text that becomes a control token all the same is refused."
         specials = {s.text: self._special_id(s.text) for s in segments if s.kind == "special"}
         ids, labels = encode_chunk(self.text_only, eaten(segments, self.eats), specials, self.renumber, self.breaks)
         controls = self.control_ids.union(specials.values())
         if sum(map(controls.__contains__, ids)) != sum(s.kind == "special" for s in segments):
             found = [self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in controls]
-            raise BadRecord("text", f"a text became a special token ({shown(found)})",
-                            "this tokenizer's vocabulary spells it from ordinary pieces; leave the record out")
+            raise BadRecord(
+                "text",
+                f"a text became a special token ({shown(found)})",
+                "this tokenizer's vocabulary spells it from ordinary pieces; leave the record out",
+            )
         return ids, labels
 
     def _special_id(self, literal: str) -> int:
-        found = self.tokenizer.backend_tokenizer.token_to_id(literal)      # get_vocab() would copy all entries
+        found = self.tokenizer.backend_tokenizer.token_to_id(literal)  # get_vocab() would copy all entries
         if found is None:
-            raise BadRecord("tokenizer", f"the template ends or opens turns with {literal!r}, which this tokenizer "
-                            "does not know", "choose the model's own template ('chat_template')")
+            raise BadRecord(
+                "tokenizer",
+                f"the template ends or opens turns with {literal!r}, which this tokenizer does not know",
+                "choose the model's own template ('chat_template')",
+            )
         return found
 
 # %% ../nbs/03_masking.ipynb #6d3f9d82
 class Encoder(TextEncoder):
     "Segments to token ids and labels, images included."
-    def __init__(self,
-        tokenizer: PreTrainedTokenizerBase, # fast
-        image_token_id: int, # id of a placeholder
-        image_seq_len: int, # placeholders an image, the tower's number of features
-        max_length: int, # longest record, placeholders included
-        spoken: Sequence[str] = (), # special tokens that texts may contain, see `check_spoken`
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,  # fast
+        image_token_id: int,  # id of a placeholder
+        image_seq_len: int,  # placeholders an image, the tower's number of features
+        max_length: int,  # longest record, placeholders included
+        spoken: Sequence[str] = (),  # special tokens that texts may contain, see `check_spoken`
     ):
         super().__init__(tokenizer, spoken)
         self.image_token_id, self.image_seq_len, self.max_length = image_token_id, image_seq_len, max_length
         first, own = tokenizer("a").input_ids[:1], (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self.bos = first if first == [tokenizer.bos_token_id] else []          # only if the tokenizer writes one
+        self.bos = first if first == [tokenizer.bos_token_id] else []  # only if the tokenizer writes one
         self.before_image = self.bos or [i for i in own if i is not None][:1]
 
-    def __call__(self,
-        segments: Sequence[Segment], # from a template
+    def __call__(
+        self,
+        segments: Sequence[Segment],  # from a template
     ) -> Encoded:
         "Encode chunk by chunk, put placeholders between, cut at `max_length`."
         return self.cut(self.uncut(segments))
 
-    def uncut(self,
-        segments: Sequence[Segment], # from a template
+    def uncut(
+        self,
+        segments: Sequence[Segment],  # from a template
     ) -> Encoded:
         "The same, whatever its length."
         ids, spans = list(self.before_image if segments and segments[0].kind == "image" else self.bos), []
@@ -245,15 +272,19 @@ class Encoder(TextEncoder):
     def _image(self, segment: Segment) -> tuple[list[int], list[int]]:
         return [self.image_token_id] * self.image_seq_len, [IGNORE_INDEX] * self.image_seq_len
 
-    def cut(self,
-        whole: Encoded, # see `uncut`
+    def cut(
+        self,
+        whole: Encoded,  # see `uncut`
     ) -> Encoded:
         "The part that fits into `max_length`."
         (ids, labels, spans), n = whole, self.max_length
-        for start, end in spans:        # an image that is cut, or left out, has features without a position
+        for start, end in spans:  # an image that is cut, or left out, has features without a position
             if end <= n:
                 continue
             cut = f"model_max_length {n} {'cuts' if start < n else 'ends before'} an image"
-            raise BadRecord("length", f"{cut} whose features take positions {start} to {end}",
-                            f"raise it to at least {end}, or shorten the text before the image")
+            raise BadRecord(
+                "length",
+                f"{cut} whose features take positions {start} to {end}",
+                f"raise it to at least {end}, or shorten the text before the image",
+            )
         return Encoded(ids[:n], labels[:n], spans)

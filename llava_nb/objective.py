@@ -14,32 +14,39 @@ from .base.terminal import shown
 from .fast.cross_entropy import text_logits, weighted_cross_entropy
 
 # %% ../nbs/10_objective.ipynb #ac950003
-Weights = list[list[float]]     # loss weight of each target token of each record, by reference micro-batch
-Counts = Sequence[Sequence[int]]     # target tokens of each record, by reference micro-batch
+Weights = list[list[float]]  # loss weight of each target token of each record, by reference micro-batch
+Counts = Sequence[Sequence[int]]  # target tokens of each record, by reference micro-batch
+
 
 def _reference(micro_batches: Counts) -> Weights:
     filled = sum(1 for m in micro_batches if sum(m))
     return [[1 / (filled * sum(m)) if sum(m) else 0.0] * len(m) for m in micro_batches]
 
+
 def _by_record(
-    rule: Callable[[int, list[int]], float], # target tokens of a record, and of all -> weight of its tokens
+    rule: Callable[[int, list[int]], float],  # target tokens of a record, and of all -> weight of its tokens
 ) -> Callable[[Counts], Weights]:
     "An objective that does not look at micro-batches."
+
     def weights(micro_batches: Counts) -> Weights:
         counts = [n for m in micro_batches for n in m if n]
         return [[rule(n, counts) if n else 0.0 for n in m] for m in micro_batches]
+
     return weights
+
 
 OBJECTIVES: dict[str, Callable[[Counts], Weights]] = {
     "reference": _reference,
     "token": _by_record(lambda n, counts: 1 / sum(counts)),
     "sample": _by_record(lambda n, counts: 1 / (n * len(counts))),
-    "sqrt": _by_record(lambda n, counts: 1 / (n ** .5 * sum(c ** .5 for c in counts)))}
+    "sqrt": _by_record(lambda n, counts: 1 / (n**0.5 * sum(c**0.5 for c in counts))),
+}
+
 
 def token_weights(
-    objective: str, # a key of `OBJECTIVES`
-    micro_batches: Counts, # of one optimizer step
-) -> Weights: # in the same nesting
+    objective: str,  # a key of `OBJECTIVES`
+    micro_batches: Counts,  # of one optimizer step
+) -> Weights:  # in the same nesting
     "Per-token loss weights of one optimizer step. They sum to 1 over its target tokens."
     if objective not in OBJECTIVES:
         raise ValueError(f"objective {shown(objective)} is unknown; use one of {', '.join(OBJECTIVES)}")
@@ -47,15 +54,15 @@ def token_weights(
 
 # %% ../nbs/10_objective.ipynb #0efb5fd0
 def padded_loss(
-    model: torch.nn.Module, # LlavaForConditionalGeneration
-    batch: dict, # from `collate_padded`
-    text_vocab_size: int, # rows that enter the softmax
-    image_token_id: int, # id of `<image>`
-) -> torch.Tensor: # scalar
+    model: torch.nn.Module,  # LlavaForConditionalGeneration
+    batch: dict,  # from `collate_padded`
+    text_vocab_size: int,  # rows that enter the softmax
+    image_token_id: int,  # id of `<image>`
+) -> torch.Tensor:  # scalar
     "The weighted loss of a padded batch."
     names = ("input_ids", "attention_mask", "pixel_values", "picture_of", "features")
     inputs = {k: batch[k] for k in names if k in batch}
-    logits = model(**inputs, use_cache=False).logits[:, :-1]      # position t predicts token t + 1
+    logits = model(**inputs, use_cache=False).logits[:, :-1]  # position t predicts token t + 1
     labels, weights = batch["labels"][:, 1:], batch["loss_weights"][:, 1:]
     target = weights != 0
     logits = text_logits(logits[target], text_vocab_size, image_token_id)
@@ -64,16 +71,18 @@ def padded_loss(
 # %% ../nbs/10_objective.ipynb #8b34fdcd
 FORWARD_KEYS = ("input_ids", "position_ids", "pixel_values", "picture_of", "tower", "features", "logits_to_keep")
 
+
 def row_loss(
-    model: torch.nn.Module, # LlavaForConditionalGeneration after `llava.prepare`, or an engine around one
-    row: dict, # from `collate_packed`
-    text_vocab_size: int, # rows that enter the softmax
-    image_token_id: int, # id of `<image>`
-) -> torch.Tensor: # scalar: this row's part of the step's loss
+    model: torch.nn.Module,  # LlavaForConditionalGeneration after `llava.prepare`, or an engine around one
+    row: dict,  # from `collate_packed`
+    text_vocab_size: int,  # rows that enter the softmax
+    image_token_id: int,  # id of `<image>`
+) -> torch.Tensor:  # scalar: this row's part of the step's loss
     "The weighted loss of one packed sequence."
     request = row["targets"], row["loss_weights"], text_vocab_size, image_token_id
     inputs = {k: row[k] for k in FORWARD_KEYS if k in row}
     return _loss_in(model(**inputs, loss=request, use_cache=False))
 
+
 def _loss_in(output) -> torch.Tensor:
-    return output.logits      # a head that was asked for a loss returns it where transformers expects logits
+    return output.logits  # a head that was asked for a loss returns it where transformers expects logits

@@ -17,8 +17,8 @@ from .base.terminal import printable, shown
 
 # %% ../nbs/11_optim.ipynb #6dc779d8
 def decayed_names(
-    model: nn.Module, # partitioned or not
-) -> set[str]: # parameter names
+    model: nn.Module,  # partitioned or not
+) -> set[str]:  # parameter names
     "Names of the parameters that weight decay applies to: all but biases and those of norm layers."
     norms = [(prefix, m) for prefix, m in model.named_modules() if "norm" in type(m).__name__.lower()]
     in_norm = {f"{prefix}.{name}".lstrip(".") for prefix, m in norms for name, _ in m.named_parameters(recurse=False)}
@@ -26,11 +26,11 @@ def decayed_names(
 
 # %% ../nbs/11_optim.ipynb #01036438
 def parameter_groups(
-    model: nn.Module, # partitioned, on `meta` or ordinary
-    lr: float, # of the language model, and of the projector unless it has its own
-    weight_decay: float = 0.0, # of matrices and embeddings
-    projector_lr: float | None = None, # None: the projector follows `lr`, in two groups instead of four
-) -> list[dict]: # torch.optim groups: `name`, `params`, `lr`, `weight_decay`
+    model: nn.Module,  # partitioned, on `meta` or ordinary
+    lr: float,  # of the language model, and of the projector unless it has its own
+    weight_decay: float = 0.0,  # of matrices and embeddings
+    projector_lr: float | None = None,  # None: the projector follows `lr`, in two groups instead of four
+) -> list[dict]:  # torch.optim groups: `name`, `params`, `lr`, `weight_decay`
     "LLM and projector, with and without weight decay (LLaVA: llava_trainer.py, create_optimizer)."
     decayed, groups = decayed_names(model), {}
     for name, p in model.named_parameters():
@@ -41,27 +41,31 @@ def parameter_groups(
         label = part if decays else f"{part}, no decay"
         settings = {"lr": projector_lr if own else lr, "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault(label, {"name": label, "params": []} | settings)["params"].append(p)
-    return sorted(groups.values(), key=lambda g: g["name"])      # transformers logs the rate of the first group
+    return sorted(groups.values(), key=lambda g: g["name"])  # transformers logs the rate of the first group
 
 # %% ../nbs/11_optim.ipynb #a7d31f5e
-OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "rmsprop")      # their state has the shape of the weights
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd", "rmsprop")  # their state has the shape of the weights
+
 
 def factors(
-    name: str, # `lr_scheduler_type`
-    warmup: int, # steps
-    steps: int, # of the run
-    settings: dict | str | None = None, # `lr_scheduler_kwargs`
+    name: str,  # `lr_scheduler_type`
+    warmup: int,  # steps
+    steps: int,  # of the run
+    settings: dict | str | None = None,  # `lr_scheduler_kwargs`
     lr: float = 1.0,
-) -> Callable[[int], float]: # step -> factor of every group's rate
+) -> Callable[[int], float]:  # step -> factor of every group's rate
     "A learning-rate schedule; raises on one that cannot be known before the run, or on wrong settings."
     name = str(getattr(name, "value", name))
     if name in ("reduce_lr_on_plateau", "greedy"):
-        raise ValueError(f"lr_scheduler_type {name} changes the rate by the results of evaluations, "
-                         "which a resume cannot repeat; use cosine, linear or constant")
+        raise ValueError(
+            f"lr_scheduler_type {name} changes the rate by the results of evaluations, "
+            "which a resume cannot repeat; use cosine, linear or constant"
+        )
     try:
         given = json.loads(settings) if isinstance(settings, str) else settings
         schedule = get_scheduler(name, torch.optim.SGD([torch.zeros(1)], lr=lr), warmup, steps, given)
-        for step in (0, warmup, steps): schedule.lr_lambdas[0](step)
+        for step in (0, warmup, steps):
+            schedule.lr_lambdas[0](step)
     except (TypeError, ValueError, ArithmeticError) as e:
         problem = printable(e, 200)
         raise ValueError(f"lr_scheduler_type {name} with lr_scheduler_kwargs {shown(settings)}: {problem}") from None

@@ -20,8 +20,9 @@ import torch
 from .base.terminal import shown
 
 # %% ../nbs/08_sampler.ipynb #5493a65f
-def mix665k_sample(
-) -> dict[str, np.ndarray]: # 8,192 each: `tokens`, `words`, `supervised` int64, `image` bool, `source`; `sources` names
+def mix665k_sample() -> dict[
+    str, np.ndarray
+]:  # 8,192 each: `tokens`, `words`, `supervised` int64, `image` bool, `source`; `sources` names
     "Modelled record lengths of llava_v1_5_mix665k, as `bench/plan.py --sample` draws them."
     with np.load(files("llava_nb") / "data" / "mix665k_sample.npz") as z:
         return {k: z[k].astype(np.int64) if z[k].dtype == np.int16 else z[k] for k in z.files if k != "note"}
@@ -29,10 +30,11 @@ def mix665k_sample(
 # %% ../nbs/08_sampler.ipynb #74ec8b93
 _FULL = np.iinfo(np.int64).max  # length of a chunk that takes no more records
 
+
 def _assign(sizes: np.ndarray, n: int) -> np.ndarray:
     "For each row of `sizes` [K, m]: its positions, grouped by the chunk that they are assigned to."
     k, m = sizes.shape
-    if m % n:                       # the reference assigns round robin then
+    if m % n:  # the reference assigns round robin then
         return np.tile(np.argsort(np.arange(m) % n, kind="stable"), (k, 1))
     rows, chunk = np.arange(k), np.empty((k, m), np.int64)
     load, places = np.zeros((k, n), np.int64), np.full((k, n), m // n)
@@ -46,8 +48,8 @@ def _assign(sizes: np.ndarray, n: int) -> np.ndarray:
 def split_to_even_chunks(
     indices: Sequence[int],  # dataset indices, longest first
     lengths: Sequence[int],  # of every record of the dataset
-    num_chunks: int,         # world size x accumulation steps
-) -> list[np.ndarray]:       # `num_chunks` arrays of indices
+    num_chunks: int,  # world size x accumulation steps
+) -> list[np.ndarray]:  # `num_chunks` arrays of indices
     "Split `indices` into chunks of equal count and nearly equal length (the reference's function of this name)."
     indices, lengths = np.asarray(indices, np.int64), np.asarray(lengths, np.int64)
     return np.array_split(indices[_assign(lengths[indices][None], num_chunks)[0]], num_chunks)
@@ -58,12 +60,17 @@ def _balance(batches: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray:
     batches = np.take_along_axis(batches, np.argsort(-lengths[batches], 1, kind="stable"), 1)
     return np.take_along_axis(batches, _assign(lengths[batches], n), 1)
 
+
 def _randperm(n: int, generator: torch.Generator | None) -> np.ndarray:
     return torch.randperm(n, generator=generator).numpy()
 
+
 def _megabatches(
-    indices: np.ndarray, size: int, generator: torch.Generator | None, keep_full: bool = True,
-) -> tuple[np.ndarray, np.ndarray]: # [K, size], and the remaining indices
+    indices: np.ndarray,
+    size: int,
+    generator: torch.Generator | None,
+    keep_full: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:  # [K, size], and the remaining indices
     "Shuffle `indices` and cut them into megabatches; without `keep_full` a full last one joins the remainder."
     indices = indices[_randperm(len(indices), generator)]
     full = max(len(indices) - (not keep_full), 0) // size * size
@@ -71,11 +78,11 @@ def _megabatches(
 
 # %% ../nbs/08_sampler.ipynb #8a082393
 def get_length_grouped_indices(
-    lengths: Sequence[int],                    # of every record
-    batch_size: int,                           # records a micro-batch
-    world_size: int,                           # chunks: the reference passes world size x accumulation steps
+    lengths: Sequence[int],  # of every record
+    batch_size: int,  # records a micro-batch
+    world_size: int,  # chunks: the reference passes world size x accumulation steps
     generator: torch.Generator | None = None,  # None: torch's global one
-) -> np.ndarray:                               # int64[N], a permutation
+) -> np.ndarray:  # int64[N], a permutation
     "Shuffle, cut into megabatches, balance each over its chunks (the reference's function of this name)."
     lengths = np.asarray(lengths, np.int64)
     body, rest = _megabatches(np.arange(len(lengths)), batch_size * world_size, generator)
@@ -83,12 +90,17 @@ def get_length_grouped_indices(
 
 # %% ../nbs/08_sampler.ipynb #e35fff2d
 def _draw_modalities(
-    has_image: np.ndarray, size: int, inner: torch.Generator | None, outer: torch.Generator | None, keep_full: bool,
-) -> tuple[np.ndarray, list[np.ndarray]]: # [K, size]; the remainder of each modality, images first
+    has_image: np.ndarray,
+    size: int,
+    inner: torch.Generator | None,
+    outer: torch.Generator | None,
+    keep_full: bool,
+) -> tuple[np.ndarray, list[np.ndarray]]:  # [K, size]; the remainder of each modality, images first
     "Shuffled megabatches of one modality each."
     parts = [_megabatches(np.flatnonzero(m), size, inner, keep_full) for m in (has_image, ~has_image)]
     body = np.concatenate([b for b, _ in parts])
     return body[_randperm(len(body), outer)], [rest for _, rest in parts]
+
 
 def _check_lengths(lengths: Sequence[int], name: str, low: int | None = None) -> np.ndarray:
     "The lengths as int64[N]; raises on an empty record, or one below `low`."
@@ -98,18 +110,21 @@ def _check_lengths(lengths: Sequence[int], name: str, low: int | None = None) ->
         return lengths
     raise ValueError(
         f"{name}[{bad[0]}] is {lengths[bad[0]]} ({bad.size} of {len(lengths)} records like it): "
-        "an empty record cannot be batched; remove it from the data, or read the data with bad_records='skip'")
+        "an empty record cannot be batched; remove it from the data, or read the data with bad_records='skip'"
+    )
 
-def _one_modality(words: np.ndarray) -> bool: return bool((words > 0).all() or (words < 0).all())
+
+def _one_modality(words: np.ndarray) -> bool:
+    return bool((words > 0).all() or (words < 0).all())
 
 # %% ../nbs/08_sampler.ipynb #4515fbb1
 def get_modality_length_grouped_indices(
-    lengths: Sequence[int],                    # words of every record, negative without an image
-    batch_size: int,                           # records a micro-batch
-    world_size: int,                           # chunks: the reference passes world size x accumulation steps
+    lengths: Sequence[int],  # words of every record, negative without an image
+    batch_size: int,  # records a micro-batch
+    world_size: int,  # chunks: the reference passes world size x accumulation steps
     generator: torch.Generator | None = None,  # order of the megabatches; None: torch's global one
-    inner: torch.Generator | None = None,      # shuffles a modality; the reference always uses the global one
-) -> np.ndarray:                               # int64[N], a permutation
+    inner: torch.Generator | None = None,  # shuffles a modality; the reference always uses the global one
+) -> np.ndarray:  # int64[N], a permutation
     "The reference's order of an epoch (its function of this name)."
     lengths = _check_lengths(lengths, "lengths")
     if _one_modality(lengths):
@@ -120,13 +135,16 @@ def get_modality_length_grouped_indices(
 # %% ../nbs/08_sampler.ipynb #1436ecef
 class Drawn(NamedTuple):
     "An epoch cut into steps, none of them sorted or split yet."
-    body: np.ndarray        # int64[K, m], the full steps
+
+    body: np.ndarray  # int64[K, m], the full steps
     tail: list[np.ndarray]  # the smaller steps that close the epoch
-    balanced: int           # number of leading steps that are split by length
+    balanced: int  # number of leading steps that are split by length
+
 
 def _drawn(body: np.ndarray, rest: Sequence[np.ndarray], balanced: bool | int = True) -> Drawn:
     tail = [r for r in rest if len(r)]
     return Drawn(body, tail, len(body) + len(tail) if balanced is True else int(balanced))
+
 
 def _seeded(*key: int) -> torch.Generator:
     "A generator for a tuple of non-negative integers; (1, 0) and (0, 1) differ."
@@ -137,12 +155,14 @@ def _draw_random(plan: "Plan") -> Drawn:
     body, rest = _megabatches(np.arange(len(plan.lengths)), plan.global_batch_size, _seeded(plan.seed, plan.epoch))
     return _drawn(body, [rest], balanced=False)
 
+
 def _draw_modality(plan: "Plan") -> Drawn:
     g = _seeded(plan.seed, plan.epoch)
     return _drawn(*_draw_modalities(plan.has_image, plan.global_batch_size, g, g, keep_full=True))
 
 # %% ../nbs/08_sampler.ipynb #6500ad34
 OUTER_SEED = 67280421310721  # where a fresh torch.Generator() starts
+
 
 def _draw_compat(plan: "Plan") -> Drawn:
     "The reference's epoch; its generators run through the epochs before."
@@ -151,17 +171,22 @@ def _draw_compat(plan: "Plan") -> Drawn:
     outer = torch.Generator().manual_seed(OUTER_SEED) if plan.world_size > 1 else inner
     one = _one_modality(words)
     for _ in range(plan.epoch + 1):
-        body, rest = (_megabatches(np.arange(len(words)), size, outer) if one
-                      else _draw_modalities(words > 0, size, inner, outer, keep_full=False))
+        body, rest = (
+            _megabatches(np.arange(len(words)), size, outer)
+            if one
+            else _draw_modalities(words > 0, size, inner, outer, keep_full=False)
+        )
     if one:
         return _drawn(body, [rest])
     rest = np.sort(np.concatenate(rest))
     return _drawn(body, [rest[:size], rest[size:]], balanced=len(body))
 
+
 _DRAW = {"modality": _draw_modality, "random": _draw_random, "compat": _draw_compat}
 
 # %% ../nbs/08_sampler.ipynb #997f170e
 _NEEDS = {"modality": "has_image", "random": "lengths", "compat": "word_lengths"}
+
 
 def _check_plan(plan: "Plan") -> None:
     "Raise on an argument that no plan can be made from."
@@ -177,20 +202,22 @@ def _check_plan(plan: "Plan") -> None:
     for name in ("has_image", "word_lengths"):
         values = getattr(plan, name)
         if values is not None and len(values) != len(plan.lengths):
-            raise ValueError(f"{name} has {len(values)} values, lengths has {len(plan.lengths)}: "
-                             "one of each a record is needed")
+            raise ValueError(
+                f"{name} has {len(values)} values, lengths has {len(plan.lengths)}: one of each a record is needed"
+            )
 
 # %% ../nbs/08_sampler.ipynb #e6356d1a
 @dataclass(frozen=True, eq=False)
 class PlanInputs:
     "The inputs of a plan: it depends on nothing else."
-    mode: str                               # "modality" | "random" | "compat"
-    lengths: np.ndarray                     # int64[N], exact token lengths
-    has_image: np.ndarray | None = None     # bool[N]; "modality" needs it
+
+    mode: str  # "modality" | "random" | "compat"
+    lengths: np.ndarray  # int64[N], exact token lengths
+    has_image: np.ndarray | None = None  # bool[N]; "modality" needs it
     word_lengths: np.ndarray | None = None  # int64[N], negative without an image; "compat" needs it
-    batch_size: int = 16                    # records a micro-batch on one rank
-    world_size: int = 1                     # ranks
-    accumulation: int = 1                   # accumulation steps of an optimizer step
+    batch_size: int = 16  # records a micro-batch on one rank
+    world_size: int = 1  # ranks
+    accumulation: int = 1  # accumulation steps of an optimizer step
     seed: int = 42
     epoch: int = 0
 
@@ -204,16 +231,20 @@ class PlanInputs:
             put("word_lengths", _check_lengths(self.word_lengths, "word_lengths"))
 
     @property
-    def num_chunks(self) -> int: return self.world_size * self.accumulation
+    def num_chunks(self) -> int:
+        return self.world_size * self.accumulation
+
     @property
-    def global_batch_size(self) -> int: return self.batch_size * self.num_chunks
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.num_chunks
 
 # %% ../nbs/08_sampler.ipynb #e42fae34
 class Plan(PlanInputs):
     "Which records make which step of an epoch: a pure function, for any step, on any rank."
 
     @cached_property
-    def drawn(self) -> Drawn: return _DRAW[self.mode](self)
+    def drawn(self) -> Drawn:
+        return _DRAW[self.mode](self)
 
     @cached_property
     def balance_by(self) -> np.ndarray:
@@ -223,7 +254,8 @@ class Plan(PlanInputs):
         return self.word_lengths if (self.word_lengths < 0).all() else abs(self.word_lengths)
 
     @property
-    def steps(self) -> int: return len(self.drawn.body) + len(self.drawn.tail)
+    def steps(self) -> int:
+        return len(self.drawn.body) + len(self.drawn.tail)
 
     def global_batch(self, step: int) -> np.ndarray:
         "Indices of one optimizer step, micro-batch after micro-batch; no other step is sorted or split for it."
@@ -244,19 +276,23 @@ class Plan(PlanInputs):
         full = _balance(body, self.balance_by, self.num_chunks) if balanced else body
         return np.concatenate([full.ravel(), *(self.global_batch(len(body) + k) for k in range(len(tail)))])
 
-    def for_epoch(self, epoch: int) -> "Plan": return replace(self, epoch=epoch)
+    def for_epoch(self, epoch: int) -> "Plan":
+        return replace(self, epoch=epoch)
 
     @property
-    def remainder(self) -> "Remainder": return count_remainder(self)
+    def remainder(self) -> "Remainder":
+        return count_remainder(self)
 
 # %% ../nbs/08_sampler.ipynb #526b9307
 @dataclass(frozen=True)
 class Remainder:
     "The records that did not fill a step. None is lost, none is used twice."
-    full_steps: int         # steps of a whole global batch of the shuffled body
-    tail: tuple[int, ...]   # records in each step that follows
-    image: int              # records with an image among those of the tail
-    text: int               # records without one
+
+    full_steps: int  # steps of a whole global batch of the shuffled body
+    tail: tuple[int, ...]  # records in each step that follows
+    image: int  # records with an image among those of the tail
+    text: int  # records without one
+
 
 def count_remainder(plan: Plan) -> Remainder:
     "What the tail of a plan holds."
@@ -270,17 +306,18 @@ def count_remainder(plan: Plan) -> Remainder:
 # %% ../nbs/08_sampler.ipynb #9fb68dd0
 def waste(
     chunks: Sequence[np.ndarray],  # micro-batches, chunk j on rank j % world_size
-    lengths: np.ndarray,           # int64[N], tokens
+    lengths: np.ndarray,  # int64[N], tokens
     world_size: int,
-    packed: bool = False,          # records end to end, instead of padded to the longest
-) -> tuple[float, float]:          # share of positions that are padding; the same with waiting for the slowest rank
+    packed: bool = False,  # records end to end, instead of padded to the longest
+) -> tuple[float, float]:  # share of positions that are padding; the same with waiting for the slowest rank
     "The share of the computed positions that hold no token of a record."
     real = np.array([lengths[c].sum() for c in chunks])
     cost = real if packed else np.array([len(c) * lengths[c].max(initial=0) for c in chunks])
     waited = world_size * cost.reshape(-1, world_size).max(1).sum()
     return float(1 - real.sum() / cost.sum()), float(1 - real.sum() / waited)
 
+
 def cut(order: np.ndarray, batch_size: int, world_size: int) -> list[np.ndarray]:
     "The full steps of an order as micro-batches."
     full = len(order) // (batch_size * world_size) * world_size
-    return np.split(order[:full * batch_size], full)
+    return np.split(order[: full * batch_size], full)

@@ -8,9 +8,11 @@ __all__ = ['run', 'main', 'prepare', 'train', 'save', 'leave_ranks']
 # %% ../nbs/run/06_train.ipynb #c8337389
 import sys
 from pathlib import Path
+
 if __name__ == "__main__" and "__file__" in globals():
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)      # the repository comes first, not llava_nb/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository comes first, not llava_nb/
     import llava_nb.run.command_line as command_line
+
     command_line.program()
 
 # %% ../nbs/run/06_train.ipynb #29d083ac
@@ -43,51 +45,68 @@ from .safe.training_watch import TrainingWatchdog
 
 # %% ../nbs/run/06_train.ipynb #f20409a7
 def run(
-    argv: list[str], # CONFIG.json and flags
-) -> int: # exit code
+    argv: list[str],  # CONFIG.json and flags
+) -> int:  # exit code
     "`llava_nb train`: parse, check, build, train, save."
     memory.expand_segments()
     with contextlib.ExitStack() as held:
         try:
             trust.check_versions()
             asked = parse(argv)
-            if asked.run.dry_run: return dry_run.dry_run(asked)
+            if asked.run.dry_run:
+                return dry_run.dry_run(asked)
             trainer = prepare(asked, held)
-        except (ValueError, OSError) as e: return command_line.refuse(e)
+        except (ValueError, OSError) as e:
+            return command_line.refuse(e)
         return run_with_watchdog(trainer.watch, train, asked, trainer)
 
+
 def main(
-    argv: list[str] | None = None, # the command line; None: the program's own
-) -> int: # exit code
+    argv: list[str] | None = None,  # the command line; None: the program's own
+) -> int:  # exit code
     "The command `llava_nb`, from Python."
     return command_line.main(argv)
 
 # %% ../nbs/run/06_train.ipynb #810d6753
 def prepare(
     asked: config.Run,
-    held: contextlib.ExitStack, # takes the lock on the output folder
-) -> ReliableTrainer: # ready to train
+    held: contextlib.ExitStack,  # takes the lock on the output folder
+) -> ReliableTrainer:  # ready to train
     "Everything up to the first step."
     args, wrong = settings.make_arguments(asked)
     c = checks.go(checks.Checked(asked, args, held, found=wrong), (checks.check_output,))
-    if c.found.found: checks.tell(checks.go(c, checks.CHECKS[1:]))
+    if c.found.found:
+        checks.tell(checks.go(c, checks.CHECKS[1:]))
     if args.process_index == 0:
-        for note in asked.notes: say(f"note: {printable(note)}")
+        for note in asked.notes:
+            say(f"note: {printable(note)}")
     ranks.compare_machines(args.output_dir)
-    if asked.run.threads: torch.set_num_threads(asked.run.threads)
-    patience = math.inf if asked.data.feature_cache else 1       # filling a cache may take hours
+    if asked.run.threads:
+        torch.set_num_threads(asked.run.threads)
+    patience = math.inf if asked.data.feature_cache else 1  # filling a cache may take hours
     dog = TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size, patience)
     with dog:
         checks.tell(checks.go(c, checks.CHECKS[1:]))
         asked.run.resume = c.resume
-        if c.resume and args.process_index == 0: say(f"resuming from {c.resume}")
+        if c.resume and args.process_index == 0:
+            say(f"resuming from {c.resume}")
         parts = assemble.build(asked, args, c)
-    if args.process_index == 0: messages.write_start(asked, args.output_dir, parts.dataset)
+    if args.process_index == 0:
+        messages.write_start(asked, args.output_dir, parts.dataset)
     return _trainer_of(parts, args, c, dog)
 
+# %% ../nbs/run/06_train.ipynb #015ff2d5
 def _trainer_of(parts: assemble.Parts, args: ReliableTrainingArguments, c: checks.Checked, dog: TrainingWatchdog):
-    trainer = ReliableTrainer(parts.model, args, parts.dataset, parts.tokenizer, parts.image_processor,
-                              parts.eval_dataset, watch=dog, hold=c.hold)
+    trainer = ReliableTrainer(
+        parts.model,
+        args,
+        parts.dataset,
+        parts.tokenizer,
+        parts.image_processor,
+        parts.eval_dataset,
+        watch=dog,
+        hold=c.hold,
+    )
     messages.use_loss_line(trainer)
     trainer.add_callback(LossAlarm())
     ranks.assert_same(zero.from_all_ranks(ranks.fingerprint(trainer)), "give every rank the same files and settings")
@@ -97,8 +116,8 @@ def _trainer_of(parts: assemble.Parts, args: ReliableTrainingArguments, c: check
 # %% ../nbs/run/06_train.ipynb #1413e836
 def train(
     asked: config.Run,
-    trainer: ReliableTrainer, # from `prepare`
-) -> int: # exit code
+    trainer: ReliableTrainer,  # from `prepare`
+) -> int:  # exit code
     "Train, save, and print how it ended."
     start = time.monotonic()
     try:
@@ -114,18 +133,22 @@ def train(
         say(messages.stopped_line(trainer) if trainer.guard.stopped else messages.summary(result, trainer, seconds))
     return leave_ranks(STOPPED if trainer.guard.stopped else 0)
 
+
 def save(
     trainer: ReliableTrainer,
 ) -> None:
     "Export the result; a run that a signal stopped has a checkpoint instead."
-    if not trainer.guard.stopped: trainer.export()
+    if not trainer.guard.stopped:
+        trainer.export()
     elif trainer.sealed < trainer.state.global_step:
         raise StorageFailed("a signal asked for a checkpoint and it could not be saved")
 
+
 def leave_ranks(
-    code: int, # exit code
-) -> int: # the same
+    code: int,  # exit code
+) -> int:  # the same
     "All ranks end together."
     zero.wait()
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return code

@@ -17,7 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
-    LlavaForConditionalGeneration, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
 )
 
 from .checkpoint import save_llava, save_projector, saved_tokenizer
@@ -25,33 +29,51 @@ from .fast.engine import accumulating
 from .fast.meter import RowCost, Work, row_cost, work_of
 from .fast.recompute import set_recompute
 from llava_nb.fast.zero import (
-    accumulate_in_float32, deepspeed_config, fetch_whole_layers, init_distributed, read_deepspeed_config,
-    without_accumulation, world_size,
+    accumulate_in_float32,
+    deepspeed_config,
+    fetch_whole_layers,
+    init_distributed,
+    read_deepspeed_config,
+    without_accumulation,
+    world_size,
 )
 from .llava import projector_state, shape_of
 from .objective import row_loss, token_weights
 from .optim import parameter_groups
-from .packing import Dealer, PackedCollator, check_max_tokens, rows_of_step
+from .packing import RowBalancer, PackedCollator, check_max_tokens, rows_of_step
 from .sampler import Plan
 from .vision import image_size
 
 # %% ../nbs/13_trainer.ipynb #ca08b111
-def _setting(default, help: str): return field(default=default, metadata={"help": help})
+def _setting(default, help: str):
+    return field(default=default, metadata={"help": help})
 
+# %% ../nbs/13_trainer.ipynb #42f679ab
 @dataclass
 class LlavaTrainingArguments(TrainingArguments):
     "transformers' TrainingArguments with LLaVA's defaults and its own fields."
-    stage: int = _setting(2, "1: feature alignment, only the projector trains; 2: visual instruction tuning, projector "
-                          "and LLM.")
+
+    stage: int = _setting(
+        2, "1: feature alignment, only the projector trains; 2: visual instruction tuning, projector and LLM."
+    )
     projector_lr: float | None = _setting(None, "Learning rate of the projector; None: the same as the LLM's.")
-    sampler: str | None = _setting(None, "'modality': steps of one modality, balanced lengths (stage 2); "
-                                   "'random' (stage 1); 'compat': the reference's order.")
+    sampler: str | None = _setting(
+        None,
+        "'modality': steps of one modality, balanced lengths (stage 2); "
+        "'random' (stage 1); 'compat': the reference's order.",
+    )
     objective: str = _setting("reference", "Which mean the loss is: 'reference', 'token', 'sample' or 'sqrt'.")
-    max_tokens: int | None = _setting(None, "Longest packed sequence in tokens; each step is cut into the fewest that "
-                                      "keep below it. None: into as many as gradient_accumulation_steps.")
-    recompute: str | None = _setting(None, "What the backward pass computes again to save memory: 'none', 'cheap' "
-                                     "(norms and activations) or 'full' (whole layers). None: full with "
-                                     "--gradient_checkpointing, else none.")
+    max_tokens: int | None = _setting(
+        None,
+        "Longest packed sequence in tokens; each step is cut into the fewest that "
+        "keep below it. None: into as many as gradient_accumulation_steps.",
+    )
+    recompute: str | None = _setting(
+        None,
+        "What the backward pass computes again to save memory: 'none', 'cheap' "
+        "(norms and activations) or 'full' (whole layers). None: full with "
+        "--gradient_checkpointing, else none.",
+    )
     zero: int | None = _setting(None, "ZeRO stage 0, 1, 2 or 3; None: no DeepSpeed, unless --deepspeed names a JSON.")
     offload: bool = _setting(False, "Keep optimizer state (and weights under ZeRO-3) in host memory.")
     max_grad_norm: float = _setting(0.0, "Clip gradients to this norm; 0: no clipping, as LLaVA's published recipe.")
@@ -61,117 +83,153 @@ class LlavaTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _setting(False, "Must be False: a NaN loss is shown, not replaced.")
     logging_steps: float = _setting(1, "Log every so many steps.")
     dataloader_persistent_workers: bool = _setting(True, "Keep the workers from one epoch to the next.")
-    rank_timeout = 1800     # seconds that a rank waits for another
+    rank_timeout = 1800  # seconds that a rank waits for another
 
     def __post_init__(self):
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
         _take_recompute(self)
         self.sampler = self.sampler or ("random" if self.stage == 1 else "modality")
-        if isinstance(self.deepspeed, str): self.deepspeed = read_deepspeed_config(self.deepspeed, self.max_grad_norm)
-        elif self.zero is not None: self.deepspeed = deepspeed_config(self.zero, self.max_grad_norm, self.offload)
-        if not torch.cuda.is_available(): self.use_cpu = True
-        if self.deepspeed or world_size() > 1: init_distributed(self.rank_timeout)
+        if isinstance(self.deepspeed, str):
+            self.deepspeed = read_deepspeed_config(self.deepspeed, self.max_grad_norm)
+        elif self.zero is not None:
+            self.deepspeed = deepspeed_config(self.zero, self.max_grad_norm, self.offload)
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        if self.deepspeed or world_size() > 1:
+            init_distributed(self.rank_timeout)
         super().__post_init__()
-        if self.deepspeed: without_accumulation(self)
+        if self.deepspeed:
+            without_accumulation(self)
 
+# %% ../nbs/13_trainer.ipynb #c11629c2
 def _take_recompute(args: TrainingArguments) -> None:
     "transformers' setting, under its old name or its new, becomes ours: `set_recompute` does it without reentry."
     names = [n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(args, n)]
     args.recompute = args.recompute or ("full" if any(getattr(args, n) for n in names) else "none")
-    for n in names: setattr(args, n, False if n == names[0] else None)
+    for n in names:
+        setattr(args, n, False if n == names[0] else None)
 
 # %% ../nbs/13_trainer.ipynb #6aead1d9
 class PlanSampler(Sampler):
     "One rank's packed rows of (record, loss weight of its target tokens), step by step of a plan."
-    def __init__(self,
-        plan: Plan, # of the epoch 0; other epochs by `set_epoch`
-        supervised, # target tokens of each record, int64 [N]
-        objective: str = "reference", # see 10_objective
+
+    def __init__(
+        self,
+        plan: Plan,  # of the epoch 0; other epochs by `set_epoch`
+        supervised,  # target tokens of each record, int64 [N]
+        objective: str = "reference",  # see 10_objective
         rank: int = 0,
-        dealer: Dealer | None = None, # None: by tokens
-        rows: int | None = None, # of a rank in a step; None: the plan's accumulation, or with `max_tokens` the fewest
-        max_tokens: int | None = None, # of a row
+        dealer: RowBalancer | None = None,  # None: by tokens
+        rows: int | None = None,  # of a rank in a step; None: the plan's accumulation, or with `max_tokens` the fewest
+        max_tokens: int | None = None,  # of a row
     ):
-        if max_tokens: check_max_tokens(plan.lengths, max_tokens)
+        if max_tokens:
+            check_max_tokens(plan.lengths, max_tokens)
         self.plan, self.supervised, self.objective, self.rank = plan, supervised, objective, rank
-        self.dealer, self.max_tokens = dealer or Dealer(plan.lengths), max_tokens
+        self.dealer, self.max_tokens = dealer or RowBalancer(plan.lengths), max_tokens
         self.least = rows or (1 if max_tokens else plan.accumulation)
         self.pictures = self.dealer.pictures
-        if self.pictures is None: self.pictures = np.where(plan.has_image, np.arange(len(plan.lengths)), -1)
+        if self.pictures is None:
+            self.pictures = np.where(plan.has_image, np.arange(len(plan.lengths)), -1)
 
     def set_epoch(self, epoch: int) -> None:
         "Use the plan of another epoch."
-        if epoch != self.plan.epoch: self.plan = self.plan.for_epoch(epoch)
+        if epoch != self.plan.epoch:
+            self.plan = self.plan.for_epoch(epoch)
 
-    def cut(self, records: np.ndarray) -> list[np.ndarray]: # positions of each row; row k is one of rank k % ranks
+    def cut(self, records: np.ndarray) -> list[np.ndarray]:  # positions of each row; row k is one of rank k % ranks
         "The packed rows of all ranks in the step of these records."
         return rows_of_step(records, self.plan.lengths, self.dealer, self.plan.world_size, self.least, self.max_tokens)
 
-    def step(self, k: int) -> list[list[tuple[int, float]]]: # this rank's rows of optimizer step k
+    def step(self, k: int) -> list[list[tuple[int, float]]]:  # this rank's rows of optimizer step k
         "One optimizer step, asked for directly."
         chunks = self.plan.micro_batches(k)
         weights = np.concatenate(token_weights(self.objective, [self.supervised[c].tolist() for c in chunks]))
         records = np.concatenate(chunks)
-        rows = self.cut(records)[self.rank::self.plan.world_size]
+        rows = self.cut(records)[self.rank :: self.plan.world_size]
         return [list(zip(records[row].tolist(), weights[row].tolist())) or [(int(records[0]), 0.0)] for row in rows]
 
-    def __len__(self) -> int: return self.plan.steps
-    def __iter__(self) -> Iterator[list[list[tuple[int, float]]]]: return map(self.step, range(self.plan.steps))
+    def __len__(self) -> int:
+        return self.plan.steps
 
-    def work(self,
-        first: int, # optimizer step, counted from the start of the run
-        last: int, # exclusive
+    def __iter__(self) -> Iterator[list[list[tuple[int, float]]]]:
+        return map(self.step, range(self.plan.steps))
+
+    def work(
+        self,
+        first: int,  # optimizer step, counted from the start of the run
+        last: int,  # exclusive
     ) -> Work:
         "What all ranks do in these steps."
         plan, total = self.plan, Work()
         for k in range(first, last):
-            if k // plan.steps != plan.epoch: plan = plan.for_epoch(k // plan.steps)
+            if k // plan.steps != plan.epoch:
+                plan = plan.for_epoch(k // plan.steps)
             total += work_of(plan.global_batch(k % plan.steps), plan.lengths, self.supervised, self.pictures)
         return total
 
 # %% ../nbs/13_trainer.ipynb #54f7b006
 class WeightedDataset(Dataset):
     "A data set asked by (index, weight), and for all packed rows of a step at once."
-    def __init__(self, dataset: Dataset): self.dataset = dataset
-    def __len__(self) -> int: return len(self.dataset)
-    def __getitems__(self, rows: list[list[tuple[int, float]]]) -> list[list[dict]]: return list(map(self.row, rows))
 
-    def row(self, row: list[tuple[int, float]]) -> list[dict]: # an image that several records of it show is read once
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, rows: list[list[tuple[int, float]]]) -> list[list[dict]]:
+        return list(map(self.row, rows))
+
+    def row(self, row: list[tuple[int, float]]) -> list[dict]:  # an image that several records of it show is read once
         samples = self.dataset.__getitems__([i for i, _ in row])
         return [s | {"weight": w} for s, (_, w) in zip(samples, row)]
+
 
 def collate_rows(collate: Callable[[list[dict]], dict], rows: list[list[dict]]) -> list[dict]:
     "Each row of a step as the model takes it."
     return [collate(row) for row in rows]
 
+
 def loading(
     args: LlavaTrainingArguments,
-) -> dict: # for a `DataLoader`
+) -> dict:  # for a `DataLoader`
     "How steps are read ahead."
     workers = args.dataloader_num_workers
     found = {"num_workers": workers, "pin_memory": args.dataloader_pin_memory and torch.cuda.is_available()}
-    if not workers: return found
-    return found | {"prefetch_factor": args.dataloader_prefetch_factor,
-                    "persistent_workers": args.dataloader_persistent_workers,
-                    "multiprocessing_context": args.dataloader_multiprocessing_context}
+    if not workers:
+        return found
+    return found | {
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "multiprocessing_context": args.dataloader_multiprocessing_context,
+    }
 
 # %% ../nbs/13_trainer.ipynb #3505dbaf
 def plan_sampler(
     args: LlavaTrainingArguments,
-    data: Dataset, # a LlavaDataset
-    cost: RowCost, # of the model
+    data: Dataset,  # a LlavaDataset
+    cost: RowCost,  # of the model
 ) -> PlanSampler:
     "The plan that the arguments describe, as this rank's steps."
     seed = args.seed if args.data_seed is None else args.data_seed
-    plan = Plan(args.sampler, data.lengths, has_image=data.has_image, word_lengths=data.word_lengths,
-                batch_size=args.per_device_train_batch_size, world_size=args.world_size,
-                accumulation=args.gradient_accumulation_steps, seed=seed)
-    dealer = Dealer(cost.of(data.lengths, data.has_image), data.pictures, cost.image)
+    plan = Plan(
+        args.sampler,
+        data.lengths,
+        has_image=data.has_image,
+        word_lengths=data.word_lengths,
+        batch_size=args.per_device_train_batch_size,
+        world_size=args.world_size,
+        accumulation=args.gradient_accumulation_steps,
+        seed=seed,
+    )
+    dealer = RowBalancer(cost.of(data.lengths, data.has_image), data.pictures, cost.image)
     return PlanSampler(plan, data.supervised, args.objective, args.process_index, dealer, max_tokens=args.max_tokens)
+
 
 def several_rows(
     sampler: PlanSampler,
-    steps: int, # of the run
+    steps: int,  # of the run
 ) -> bool:
     "Whether some step gives a rank more than one row."
     plan = sampler.plan
@@ -182,32 +240,46 @@ def several_rows(
 # %% ../nbs/13_trainer.ipynb #1752724e
 class LlavaTrainer(Trainer):
     "transformers.Trainer with LLaVA's steps, loss, parameter groups and saving."
-    def __init__(self,
-        model: LlavaForConditionalGeneration, # frozen by stage, `config.llava_nb` filled in
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,  # frozen by stage, `config.llava_nb` filled in
         args: LlavaTrainingArguments,
-        train_dataset: Dataset, # a LlavaDataset
-        tokenizer: PreTrainedTokenizerBase, # with `<image>`
-        image_processor, # the tower's Pillow processor
-        eval_dataset: Dataset | None = None, # a LlavaDataset
+        train_dataset: Dataset,  # a LlavaDataset
+        tokenizer: PreTrainedTokenizerBase,  # with `<image>`
+        image_processor,  # the tower's Pillow processor
+        eval_dataset: Dataset | None = None,  # a LlavaDataset
         callbacks: list[TrainerCallback] | None = None,
     ):
-        features = getattr(train_dataset, "features", None)      # of a cache: then nobody computes the tower
+        features = getattr(train_dataset, "features", None)  # of a cache: then nobody computes the tower
         shape = features.shape if features else (3, *[image_size(model.config.vision_config)] * 2)
         self.sizes = replace(shape_of(model), tower=0) if features else shape_of(model)
         self.plan_sampler = plan_sampler(args, train_dataset, row_cost(self.sizes))
         self.image_processor, self.settings = image_processor, model.config.llava_nb
         set_recompute(model, args.recompute)
-        if args.deepspeed: _configure_engine(args, model, self.plan_sampler)
-        super().__init__(model=model, args=_one_batch_a_step(args), train_dataset=train_dataset,
-                         eval_dataset=eval_dataset, data_collator=PackedCollator(shape), processing_class=tokenizer,
-                         callbacks=[_EpochOf(self.plan_sampler), *(callbacks or [])])
+        if args.deepspeed:
+            _configure_engine(args, model, self.plan_sampler)
+        super().__init__(
+            model=model,
+            args=_one_batch_a_step(args),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=PackedCollator(shape),
+            processing_class=tokenizer,
+            callbacks=[_EpochOf(self.plan_sampler), *(callbacks or [])],
+        )
 
-    def get_train_dataloader(self) -> DataLoader: # of whole steps
+    def get_train_dataloader(self) -> DataLoader:  # of whole steps
         "This rank's share of the plan; nothing is left for accelerate to shard."
-        return DataLoader(WeightedDataset(self.train_dataset), batch_sampler=self.plan_sampler,
-                          collate_fn=partial(collate_rows, self.data_collator), **loading(self.args))
+        return DataLoader(
+            WeightedDataset(self.train_dataset),
+            batch_sampler=self.plan_sampler,
+            collate_fn=partial(collate_rows, self.data_collator),
+            **loading(self.args),
+        )
 
-    def get_total_train_batch_size(self, args) -> int: return self.plan_sampler.plan.global_batch_size
+    def get_total_train_batch_size(self, args) -> int:
+        return self.plan_sampler.plan.global_batch_size
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         "Four groups, or two without a rate for the projector."
@@ -217,7 +289,7 @@ class LlavaTrainer(Trainer):
             self.optimizer = cls(parameter_groups(self.model, *rates), **kwargs)
         return self.optimizer
 
-    def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor: # the step's loss
+    def training_step(self, model, inputs: list[dict], num_items_in_batch=None) -> torch.Tensor:  # the step's loss
         "One optimizer step of this rank: its packed rows one after another, their gradients added up."
         model.train()
         total = torch.zeros((), device=self.args.device)
@@ -226,20 +298,22 @@ class LlavaTrainer(Trainer):
                 loss = self.compute_loss(model, self.on_device(row))
                 self.accelerator.backward(loss)
             total += loss.detach()
-            if left: self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+            if left:
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total
 
     def on_device(self, row: dict) -> dict:
         "A packed row on this rank's device. An engine's pixels have its weights' type; loss weights stay float32."
         placed = {name: value.to(self.args.device) if torch.is_tensor(value) else value for name, value in row.items()}
-        if self.is_deepspeed_enabled: placed["pixel_values"] = placed["pixel_values"].to(self.model.dtype)
+        if self.is_deepspeed_enabled:
+            placed["pixel_values"] = placed["pixel_values"].to(self.model.dtype)
         return placed
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         "This rank's part of the step's weighted loss, scaled for the engines' mean over ranks."
-        learning = self.model.training      # an engine's eval() reaches its module alone
+        learning = self.model.training  # an engine's eval() reaches its module alone
         one_modality = learning and self.plan_sampler.plan.mode == "modality"
-        row = inputs | {"tower": not one_modality or len(inputs["picture_of"]) > 0}      # else no rank has an image
+        row = inputs | {"tower": not one_modality or len(inputs["picture_of"]) > 0}  # else no rank has an image
         loss = row_loss(model, row, self.settings["text_vocab_size"], self.model.config.image_token_id)
         loss = loss * (self.args.world_size if learning else 1)
         return (loss, {}) if return_outputs else loss
@@ -247,9 +321,12 @@ class LlavaTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         "Stage 1: the projector. Stage 2: the whole model, gathered where ZeRO-3 has partitioned it."
         whole = self.args.stage == 2 and self.is_deepspeed_enabled
-        if self.args.stage == 1: state = projector_state(self.model)
-        else: state = self.accelerator.get_state_dict(self.deepspeed) if whole else None
-        if self.args.should_save: self.write(output_dir or self.args.output_dir, state)
+        if self.args.stage == 1:
+            state = projector_state(self.model)
+        else:
+            state = self.accelerator.get_state_dict(self.deepspeed) if whole else None
+        if self.args.should_save:
+            self.write(output_dir or self.args.output_dir, state)
 
     def write(self, folder: str, state: dict | None, written: Callable[[str], None] = lambda part: None) -> None:
         "Write gathered weights and what goes with them; `written` is told of each part."
@@ -267,6 +344,7 @@ def _one_batch_a_step(args: LlavaTrainingArguments) -> LlavaTrainingArguments:
     seen.gradient_accumulation_steps = 1
     return seen
 
+
 def _configure_engine(args: LlavaTrainingArguments, model: LlavaForConditionalGeneration, sampler: PlanSampler) -> None:
     config, plan = args.hf_deepspeed_config.config, sampler.plan
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * plan.steps)
@@ -274,9 +352,12 @@ def _configure_engine(args: LlavaTrainingArguments, model: LlavaForConditionalGe
     half = args.bf16 or args.fp16
     accumulate_in_float32(config, 1 + (half and several_rows(sampler, steps)), half)
 
+
 class _EpochOf(TrainerCallback):
     "Tells a sampler which epoch begins."
-    def __init__(self, sampler: PlanSampler): self.sampler = sampler
+
+    def __init__(self, sampler: PlanSampler):
+        self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(state.global_step // self.sampler.plan.steps)

@@ -23,24 +23,26 @@ from .base.terminal import printable, shown
 from .fast.engine import unpartitioned
 
 # %% ../nbs/05_vision.ipynb #f0d44ca3
-WITH_TOWER = ("clip", "siglip", "siglip2", "metaclip_2", "chinese_clip", "altclip", "llava")     # with a vision half
+WITH_TOWER = ("clip", "siglip", "siglip2", "metaclip_2", "chinese_clip", "altclip", "llava")  # with a vision half
 
 
 def vision_config(
-    config: PreTrainedConfig, # of a tower, or of a model of `WITH_TOWER`
-) -> PreTrainedConfig: # of the tower alone
+    config: PreTrainedConfig,  # of a tower, or of a model of `WITH_TOWER`
+) -> PreTrainedConfig:  # of the tower alone
     "The vision half of a configuration."
     half = getattr(config, "vision_config", None)
     if half is None:
         return config
     if config.model_type in WITH_TOWER:
         return half
-    raise ValueError(f"a {shown(config.model_type)} model is more than a vision tower and does not hand out the one "
-                     f"inside; give the folder of a tower, or of one of {', '.join(WITH_TOWER)}")
+    raise ValueError(
+        f"a {shown(config.model_type)} model is more than a vision tower and does not hand out the one "
+        f"inside; give the folder of a tower, or of one of {', '.join(WITH_TOWER)}"
+    )
 
 
 def load_vision_config(
-    tower: str | Path, # folder or hub id of the tower
+    tower: str | Path,  # folder or hub id of the tower
 ) -> PreTrainedConfig:
     "Read a tower's configuration without its weights."
     return vision_config(trust.load(AutoConfig, tower))
@@ -55,8 +57,8 @@ def _side(size: int | list[int] | tuple[int, ...]) -> int:
 
 
 def image_size(
-    config: PreTrainedConfig, # of the tower
-) -> int: # pixels a side
+    config: PreTrainedConfig,  # of the tower
+) -> int:  # pixels a side
     "The side of the square image that a tower takes."
     if getattr(config, "image_size", None) is None:
         raise ValueError(f"{shown(config.model_type)} is no vision tower: its configuration has no image_size")
@@ -71,6 +73,7 @@ OTHER_PIXELS = {
 # %% ../nbs/05_vision.ipynb #49aa831d
 class Key(str):
     "A configuration that a cache can compare: two with the same content are equal."
+
     def __new__(cls, config: PreTrainedConfig):
         made = super().__new__(cls, f"{type(config).__name__} {config.to_json_string(use_diff=False)}")
         made.config = config
@@ -78,7 +81,7 @@ class Key(str):
 
 
 @cache
-def _states(key: Key) -> list[tuple[int, ...]]: # the shape of every hidden state
+def _states(key: Key) -> list[tuple[int, ...]]:  # the shape of every hidden state
     "Run one image through a tower without weights."
     config, side = key.config, image_size(key.config)
     with unpartitioned(), torch.device("meta"), torch.no_grad():
@@ -87,8 +90,8 @@ def _states(key: Key) -> list[tuple[int, ...]]: # the shape of every hidden stat
 
 
 def hidden_states(
-    config: PreTrainedConfig, # of the tower
-) -> list[tuple[int, ...]]: # the shape of every hidden state, [1, features, width]
+    config: PreTrainedConfig,  # of the tower
+) -> list[tuple[int, ...]]:  # the shape of every hidden state, [1, features, width]
     "The hidden states that a tower returns for one image, from a copy without weights."
     name = shown(config.model_type)
     if reason := OTHER_PIXELS.get(config.model_type):
@@ -96,94 +99,116 @@ def hidden_states(
     side = image_size(config)
     try:
         return _states(Key(copy.deepcopy(config)))
-    except Exception as e:      # of any library: the model is no tower
+    except Exception as e:  # of any library: the model is no tower
         failure = f"{type(e).__name__}: {printable(' '.join(str(e).split()), 200)}"
-        raise ValueError(f"{name} is no vision tower for LLaVA: given an image of {side} x {side} it fails "
-                         f"({failure})") from None
+        raise ValueError(
+            f"{name} is no vision tower for LLaVA: given an image of {side} x {side} it fails ({failure})"
+        ) from None
 
 # %% ../nbs/05_vision.ipynb #4a7553f9
 class WrongSetting(ValueError):
     "A setting that this tower cannot have."
 
 
-def _features(config: PreTrainedConfig, layer: int) -> tuple[int, int]: # in a hidden state; of these, for no patch
+def _features(config: PreTrainedConfig, layer: int) -> tuple[int, int]:  # in a hidden state; of these, for no patch
     states, name = hidden_states(config), shown(config.model_type)
     if not -len(states) <= layer < len(states):
-        raise WrongSetting(f"vision_feature_layer {layer}: {name} has hidden states {-len(states)} to "
-                           f"{len(states) - 1}; choose one of these")
+        raise WrongSetting(
+            f"vision_feature_layer {layer}: {name} has hidden states {-len(states)} to "
+            f"{len(states) - 1}; choose one of these"
+        )
     shape, width = states[layer], getattr(config, "hidden_size", None)
     if len(shape) != 3 or shape[2] != width:
-        raise ValueError(f"vision tower {name}: its hidden state {layer} has the shape {list(shape)}, "
-                         f"not one row of features {width} wide")
+        raise ValueError(
+            f"vision tower {name}: its hidden state {layer} has the shape {list(shape)}, "
+            f"not one row of features {width} wide"
+        )
     patch = getattr(config, "patch_size", None)
     side = image_size(config) // _side(patch) if patch else isqrt(shape[1])
-    return shape[1], shape[1] - side ** 2
+    return shape[1], shape[1] - side**2
 
 # %% ../nbs/05_vision.ipynb #0f2370d0
 def strategy_for(
-    config: PreTrainedConfig, # of the tower
-    feature_layer: int = -2, # index into the hidden states
-    given: str | None = None, # None: by the tower
-) -> str: # "default" or "full"
+    config: PreTrainedConfig,  # of the tower
+    feature_layer: int = -2,  # index into the hidden states
+    given: str | None = None,  # None: by the tower
+) -> str:  # "default" or "full"
     "The selection of features: without the class token where the tower has one."
     if given not in (None, "default", "full"):
-        raise WrongSetting(f"vision_feature_select_strategy {shown(given)} is unknown; "
-                           "use 'default' (drop the class token) or 'full'")
+        raise WrongSetting(
+            f"vision_feature_select_strategy {shown(given)} is unknown; use 'default' (drop the class token) or 'full'"
+        )
     (count, extra), name = _features(config, feature_layer), shown(config.model_type)
     if extra not in (0, 1):
         more = "more" if extra > 0 else "fewer"
-        raise ValueError(f"vision tower {name} gives {count} features, {abs(extra)} {more} than the square of its "
-                         "patches; LLaVA can drop one, the class token, and no register tokens; use another tower")
+        raise ValueError(
+            f"vision tower {name} gives {count} features, {abs(extra)} {more} than the square of its "
+            "patches; LLaVA can drop one, the class token, and no register tokens; use another tower"
+        )
     if given == "default" and not extra:
-        raise WrongSetting(f"vision_feature_select_strategy 'default' drops the first feature, and {name} has no class "
-                           "token: that would be a patch of the image; leave the setting out, or say 'full'")
+        raise WrongSetting(
+            f"vision_feature_select_strategy 'default' drops the first feature, and {name} has no class "
+            "token: that would be a patch of the image; leave the setting out, or say 'full'"
+        )
     return given or ("default" if extra else "full")
 
 
 def feature_count(
-    config: PreTrainedConfig, # of the tower
-    feature_layer: int = -2, # index into the hidden states
-    select_strategy: str | None = None, # see `strategy_for`
-) -> int: # features an image, placeholders an `<image>`
+    config: PreTrainedConfig,  # of the tower
+    feature_layer: int = -2,  # index into the hidden states
+    select_strategy: str | None = None,  # see `strategy_for`
+) -> int:  # features an image, placeholders an `<image>`
     "How many features an image has."
     return _features(config, feature_layer)[0] - (strategy_for(config, feature_layer, select_strategy) == "default")
 
 # %% ../nbs/05_vision.ipynb #815cdb43
 def image_processor_for(
-    tower: str | Path, # folder or hub id that holds a preprocessor_config.json
-    local_files_only: bool = False, # ask no network
+    tower: str | Path,  # folder or hub id that holds a preprocessor_config.json
+    local_files_only: bool = False,  # ask no network
 ):
     "The tower's own image processor, with the Pillow back end; padding stays with `ImageTransform`."
     processor = trust.load(AutoImageProcessor, tower, local_files_only=local_files_only, backend="pil")
     if getattr(processor, "do_pad", None):
         processor.do_pad = False
-    with trust.explained(tower, "an image processor"):       # tried on an image: odd sizes, means or filters show here
+    with trust.explained(tower, "an image processor"):  # tried on an image: odd sizes, means or filters show here
         background_from_mean(processor.image_mean)
         check_pixels(processor, load_vision_config(tower), tower)
     return processor
 
 
 def check_pixels(
-    processor, # the tower's Pillow processor
-    config: PreTrainedConfig, # of the tower
-    source: str | Path = "the vision tower", # that a message names
+    processor,  # the tower's Pillow processor
+    config: PreTrainedConfig,  # of the tower
+    source: str | Path = "the vision tower",  # that a message names
 ) -> None:
     "Refuse a processor whose pixels are not the tower's."
     side = image_size(config)
     found = list(np.shape(processor(Image.new("RGB", (side + 24, side + 8)), return_tensors="np")["pixel_values"]))
     if found != [1, 3, side, side]:
-        raise ValueError(f"{source}: its image processor gives pixels of the shape {found[1:]}, "
-                         f"its tower takes {[3, side, side]}; "
-                         "take the preprocessor_config.json that belongs to the tower")
+        raise ValueError(
+            f"{source}: its image processor gives pixels of the shape {found[1:]}, "
+            f"its tower takes {[3, side, side]}; "
+            "take the preprocessor_config.json that belongs to the tower"
+        )
 
-
+# %% ../nbs/05_vision.ipynb #0cc69c26
 def exported_processor(
-    processor, # the tower's Pillow processor
-    aspect: str, # "square" or "pad"
+    processor,  # the tower's Pillow processor
+    aspect: str,  # "square" or "pad"
 ):
     "The processor that a saved model carries; it pads by itself where training padded."
     if aspect != "pad" or not getattr(processor, "do_center_crop", False):
         return processor
-    kept = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor", "do_resize", "do_center_crop",
-            "do_rescale", "do_normalize")
+    kept = (
+        "size",
+        "crop_size",
+        "image_mean",
+        "image_std",
+        "resample",
+        "rescale_factor",
+        "do_resize",
+        "do_center_crop",
+        "do_rescale",
+        "do_normalize",
+    )
     return LlavaImageProcessorPil(do_pad=True, **{k: getattr(processor, k) for k in kept})

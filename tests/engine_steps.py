@@ -11,8 +11,8 @@ import deepspeed
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_nb.safe.guard import NotFinite, guard_optimizer
 from llava_nb.fast.zero import deepspeed_config, init_distributed
+from llava_nb.safe.guard import NotFinite, guard_optimizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WRONG = (float("nan"), float("inf"), -float("inf"))

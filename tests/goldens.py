@@ -1,4 +1,5 @@
 """The reference's recorded outputs, from the folder `GOLDENS` names or the one beside this file, and the pictures they were made with."""
+
 import gzip
 import json
 import os
@@ -20,13 +21,18 @@ def tokenizer(legacy: bool = False):
 
 
 def conversations() -> list[dict]:
-    with gzip.open(folder() / "conversations.json.gz", "rt", encoding="utf-8") as f: return json.load(f)
+    with gzip.open(folder() / "conversations.json.gz", "rt", encoding="utf-8") as f:
+        return json.load(f)
 
 
 def model_batches() -> dict[str, dict]:
-    return {name: batch for name, batch in json.loads((folder() / "model.json").read_text()).items() if "records" in batch}
+    return {
+        name: batch for name, batch in json.loads((folder() / "model.json").read_text()).items() if "records" in batch
+    }
 
 
 def golden_image(k: int, width: int, height: int) -> Image.Image:
     y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([(7 * x + 31 * k) % 256, (5 * y + 17 * k) % 256, (3 * (x + y) + 11 * k) % 256], -1).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([(7 * x + 31 * k) % 256, (5 * y + 17 * k) % 256, (3 * (x + y) + 11 * k) % 256], -1).astype(np.uint8)
+    )

@@ -1,4 +1,5 @@
 """The book alone: with store, safe, run, demo and the program absent it imports, trains a tiny model in both stages, saves it and talks to it."""
+
 import json
 import os
 import shutil
@@ -66,7 +67,14 @@ def test_the_book_trains_with_all_behind_it_absent(tmp_path):
     left = {p.name for p in (tmp_path / "llava_nb").iterdir()}
     assert not left & set(BEHIND) and {"trainer.py", "llava.py", "base", "fast"} <= left
     env = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {"answer": "red.", "behind": []}
 

@@ -16,13 +16,13 @@ from runs import config, make_world, verdict
 from transformers import AutoTokenizer
 
 from llava_nb import train
-from llava_nb.conversation import get_template
-from llava_nb.safe.doctor import self_test
 from llava_nb.base.image_files import open_image
+from llava_nb.conversation import get_template
 from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.safe.doctor import self_test
 from llava_nb.store.conversion import validate_files
 from llava_nb.store.record_checks import KINDS
-from llava_nb.store.validate import Gate
+from llava_nb.store.validate import RecordValidator
 
 
 @pytest.fixture(scope="module")
@@ -552,7 +552,7 @@ def test_the_padding_token_does_not_matter(pad):
     tokenizer.pad_token = pad
     if pad is None:
         tokenizer.unk_token = None
-    gate = Gate(get_template("v1"), Encoder(tokenizer, 2048, 16, 256))
+    gate = RecordValidator(get_template("v1"), Encoder(tokenizer, 2048, 16, 256))
     self_test(gate, 2112, 2048)
     (row,) = gate([json.dumps(of(said("<unk>", "A </s> b", "c", "d <unk>")))]).to_pylist()
     encoded = gate.encoder(gate.template.segments(said("<unk>", "A </s> b", "c", "d <unk>")))
@@ -615,7 +615,7 @@ def test_a_thousand_faults_are_a_thousand_findings(world, capsys):
     assert said.count("thousand.data.json: record") <= 20 * len({f["kind"] for f in listed})
     code, said, _ = examined(world, "thousand", None, capsys, "--bad_records", "skip")
     assert code == 0
-    gate = Gate(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 256))
+    gate = RecordValidator(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 256))
     assert (
         len(validate_files(world / "thousand.data.json", gate))
         + sum(1 for f in listed if f["kind"] not in ("missing", "path"))

@@ -1,4 +1,5 @@
 """The demonstration: honest splits, labels that nobody disputes, questions in English, and the whole way at a tiny budget."""
+
 import json
 import random
 import re
@@ -15,40 +16,81 @@ from llava_nb.conversation import get_template, normalise
 from llava_nb.demo import __main__ as command
 from llava_nb.demo import runner
 from llava_nb.demo.drawings import (
-    OPEN_CATEGORY, OTHER_CATEGORY, PLURAL, STYLES, UNCOUNTABLE, UNIQUE, UNSEEN_STYLE, Drawings, colour_of, copies, side_by_side,
-    split_things, with_article)
+    OPEN_CATEGORY,
+    OTHER_CATEGORY,
+    PLURAL,
+    STYLES,
+    UNCOUNTABLE,
+    UNIQUE,
+    UNSEEN_STYLE,
+    Drawings,
+    colour_of,
+    copies,
+    side_by_side,
+    split_things,
+    with_article,
+)
 from llava_nb.demo.questions import Questioner, build_data, exclude_each_other, question, text_question
 from llava_nb.run import evals
 
 
 @pytest.fixture(scope="module")
-def drawings(): return Drawings()
+def drawings():
+    return Drawings()
 
 
 @pytest.fixture(scope="module")
-def named(drawings): return {t.name: t for t in drawings.things}
+def named(drawings):
+    return {t.name: t for t in drawings.things}
 
 
 @pytest.fixture(scope="module")
 def colours(drawings):
     "The colour of every drawing in every style"
-    return {(t.name, style): colour_of(drawings.image(t, style)) for t in drawings.things for style in (*STYLES, UNSEEN_STYLE)}
+    return {
+        (t.name, style): colour_of(drawings.image(t, style))
+        for t in drawings.things
+        for style in (*STYLES, UNSEEN_STYLE)
+    }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    frequent = build_data(folder, things=40, conversations=150, share=.2, seed=1)
-    return folder, frequent, {name: json.loads((folder / f"{name}.json").read_text()) for name in ("captions", "conversations", "held_out")}
+    frequent = build_data(folder, things=40, conversations=150, share=0.2, seed=1)
+    return (
+        folder,
+        frequent,
+        {name: json.loads((folder / f"{name}.json").read_text()) for name in ("captions", "conversations", "held_out")},
+    )
 
 
 # Words
 
 
-ARTICLES = {"tent": "a tent", "eggplant": "an eggplant", "orangutan": "an orangutan", "unicorn": "a unicorn", "euro banknote": "a euro banknote",
-            "one-piece swimsuit": "a one-piece swimsuit", "x-ray": "an x-ray", "e-mail": "an e-mail", "herb": "a herb", "umbrella": "an umbrella",
-            "T-Rex": "a T-Rex", "1st place medal": "a 1st place medal", "grapes": "grapes", "scissors": "scissors", "bread": "bread",
-            "luggage": "luggage", "DVD": "a DVD", "sun": "the sun", "mount fuji": "Mount Fuji", "glass of milk": "a glass of milk", "lotus": "a lotus"}
+ARTICLES = {
+    "tent": "a tent",
+    "eggplant": "an eggplant",
+    "orangutan": "an orangutan",
+    "unicorn": "a unicorn",
+    "euro banknote": "a euro banknote",
+    "one-piece swimsuit": "a one-piece swimsuit",
+    "x-ray": "an x-ray",
+    "e-mail": "an e-mail",
+    "herb": "a herb",
+    "umbrella": "an umbrella",
+    "T-Rex": "a T-Rex",
+    "1st place medal": "a 1st place medal",
+    "grapes": "grapes",
+    "scissors": "scissors",
+    "bread": "bread",
+    "luggage": "luggage",
+    "DVD": "a DVD",
+    "sun": "the sun",
+    "mount fuji": "Mount Fuji",
+    "glass of milk": "a glass of milk",
+    "lotus": "a lotus",
+}
 
 
 @pytest.mark.parametrize("name", ARTICLES)
@@ -63,9 +105,30 @@ def test_each_name_of_a_word_list_is_a_drawing(named):
 
 
 def test_names_that_end_like_a_plural_were_looked_at(named):
-    singular = {"abacus", "bus", "cactus", "cocktail glass", "compass", "dress", "face blowing a kiss", "face holding back tears", "face in clouds",
-                "globe showing Americas", "hibiscus", "hippopotamus", "lotus", "minibus", "octopus", "oncoming bus", "rhinoceros",
-                "skull and crossbones", "sunrise over mountains", "trolleybus", "tumbler glass", "wine glass"}
+    singular = {
+        "abacus",
+        "bus",
+        "cactus",
+        "cocktail glass",
+        "compass",
+        "dress",
+        "face blowing a kiss",
+        "face holding back tears",
+        "face in clouds",
+        "globe showing Americas",
+        "hibiscus",
+        "hippopotamus",
+        "lotus",
+        "minibus",
+        "octopus",
+        "oncoming bus",
+        "rhinoceros",
+        "skull and crossbones",
+        "sunrise over mountains",
+        "trolleybus",
+        "tumbler glass",
+        "wine glass",
+    }
     last = {n for n in named if n.endswith("s") and " with " not in n and " of " not in n}
     assert last - PLURAL - UNCOUNTABLE == singular
 
@@ -79,86 +142,167 @@ def test_a_yes_or_no_question_is_about_nouns_and_in_english(drawings, named):
         assert re.fullmatch(r"Is it (an? .+|the .+|Mount Fuji|[^ ].*)\?|Are these .+\?", asked)
         about = asked.split(" ", 2)[2].rstrip("?")
         bare = PLURAL | UNCOUNTABLE | {"Mount Fuji"}
-        assert asked.startswith("Are these") == (about in PLURAL) and (about in bare or about.startswith(("a ", "an ", "the "))), asked
+        assert asked.startswith("Are these") == (about in PLURAL) and (
+            about in bare or about.startswith(("a ", "an ", "the "))
+        ), asked
 
 
 def test_other_questions_that_name_a_thing():
-    assert question("left/right", "fox") == "Is the fox on the left or on the right?" and question("left/right", "grapes").startswith("Are the grapes on")
-    assert text_question("fox") == "Which kind of thing is a fox?" and text_question("grapes") == "Which kind of thing are grapes?"
+    assert question("left/right", "fox") == "Is the fox on the left or on the right?" and question(
+        "left/right", "grapes"
+    ).startswith("Are the grapes on")
+    assert (
+        text_question("fox") == "Which kind of thing is a fox?"
+        and text_question("grapes") == "Which kind of thing are grapes?"
+    )
 
 
 # Labels
 
 
-CATEGORIES = {"locomotive": "vehicle", "lotus": "plant", "tent": "place", "fox": "animal", "beer mug": "drink", "pizza": "food", "alarm clock": "object",
-              "grinning face": "face", "fuel pump": "object", "station": "place", "fog": None, "two hearts": None, "tennis": None, "ghost": None}
+CATEGORIES = {
+    "locomotive": "vehicle",
+    "lotus": "plant",
+    "tent": "place",
+    "fox": "animal",
+    "beer mug": "drink",
+    "pizza": "food",
+    "alarm clock": "object",
+    "grinning face": "face",
+    "fuel pump": "object",
+    "station": "place",
+    "fog": None,
+    "two hearts": None,
+    "tennis": None,
+    "ghost": None,
+}
 
 
 @pytest.mark.parametrize("name", CATEGORIES)
-def test_a_category_that_a_person_would_say(named, name): assert named[name].category == CATEGORIES[name]
+def test_a_category_that_a_person_would_say(named, name):
+    assert named[name].category == CATEGORIES[name]
 
 
 def test_a_question_without_an_answer_is_never_asked(drawings, colours):
     """Of all drawings, in conversations and held-out questions of all kinds."""
     questioner = Questioner(drawings, drawings.things, 0)
     assert sum(not questioner.can_ask("category", t, "noto") for t in drawings.things) > 100
-    assert all(questioner.can_ask("colour", t, s) == (colours[t.name, s] is not None) for t in drawings.things[::7] for s in STYLES)
+    assert all(
+        questioner.can_ask("colour", t, s) == (colours[t.name, s] is not None)
+        for t in drawings.things[::7]
+        for s in STYLES
+    )
 
 
 def test_every_answer_of_the_data_set_is_one(data):
     _, frequent, records = data
-    known = {"Which kind of thing is": {"animal", "plant", "food", "drink", "place", "vehicle", "face", "object"},
-             "Which colour is": {"red", "orange", "brown", "yellow", "green", "blue", "purple", "pink"}}
+    known = {
+        "Which kind of thing is": {"animal", "plant", "food", "drink", "place", "vehicle", "face", "object"},
+        "Which colour is": {"red", "orange", "brown", "yellow", "green", "blue", "purple", "pink"},
+    }
     known["Which kind of thing are"] = known["Which kind of thing is"]
     turns = [r["conversations"] for name in ("conversations", "held_out") for r in records[name]]
     assert all(t for t in turns)
-    for asked, said in [(q["value"].removeprefix("<image>\n"), a["value"]) for t in turns for q, a in zip(t[::2], t[1::2])]:
+    for asked, said in [
+        (q["value"].removeprefix("<image>\n"), a["value"]) for t in turns for q, a in zip(t[::2], t[1::2])
+    ]:
         assert said and said != "None"
         for start, answers in known.items():
-            if asked.startswith(start): assert said in answers, (asked, said)
+            if asked.startswith(start):
+                assert said in answers, (asked, said)
     assert "None" not in json.dumps(records["captions"]) and not any("None" in answer for answer in frequent.values())
 
 
 SEEN_BY_A_PERSON = {
-    "banana": "yellow", "lemon": "yellow", "sunflower": None, "frog": "green", "cucumber": "green", "broccoli": "green", "cactus": "green",
-    "tomato": "red", "strawberry": "red", "fire engine": "red", "blue book": "blue", "jeans": "blue", "dolphin": "blue", "whale": "blue",
-    "eggplant": "purple", "grapes": "purple", "carrot": "orange", "tangerine": "orange", "basketball": "orange", "bear": "brown",
-    "teddy bear": "brown", "coconut": "brown", "pig": "pink", "pig face": "pink", "pig nose": "pink", "locomotive": None, "zebra": None,
-    "panda": None, "rainbow": None, "snowman": None, "skull": None, "spade suit": None, "top hat": None, "elephant": None, "penguin": None}
+    "banana": "yellow",
+    "lemon": "yellow",
+    "sunflower": None,
+    "frog": "green",
+    "cucumber": "green",
+    "broccoli": "green",
+    "cactus": "green",
+    "tomato": "red",
+    "strawberry": "red",
+    "fire engine": "red",
+    "blue book": "blue",
+    "jeans": "blue",
+    "dolphin": "blue",
+    "whale": "blue",
+    "eggplant": "purple",
+    "grapes": "purple",
+    "carrot": "orange",
+    "tangerine": "orange",
+    "basketball": "orange",
+    "bear": "brown",
+    "teddy bear": "brown",
+    "coconut": "brown",
+    "pig": "pink",
+    "pig face": "pink",
+    "pig nose": "pink",
+    "locomotive": None,
+    "zebra": None,
+    "panda": None,
+    "rainbow": None,
+    "snowman": None,
+    "skull": None,
+    "spade suit": None,
+    "top hat": None,
+    "elephant": None,
+    "penguin": None,
+}
 
 
 def test_a_colour_is_what_a_person_sees_or_none(colours):
     """Pig, eggplant and locomotive in every style; black, grey and white things have no hue."""
-    differ = {(name, style): colour for (name, style), colour in colours.items()
-              if name in SEEN_BY_A_PERSON and colour not in (None, SEEN_BY_A_PERSON[name])}
+    differ = {
+        (name, style): colour
+        for (name, style), colour in colours.items()
+        if name in SEEN_BY_A_PERSON and colour not in (None, SEEN_BY_A_PERSON[name])
+    }
     shown_otherwise = {("tangerine", "openmoji"): "yellow", ("coconut", "fluent"): "green"}
     assert not {key: colour for key, colour in differ.items() if shown_otherwise.get(key) != colour}
 
 
 def test_a_colour_in_a_name_is_the_colour_that_is_measured(colours):
     words = {"red", "orange", "yellow", "green", "blue", "purple", "brown", "pink"}
-    differ = {key: colour for key, colour in colours.items() if colour and (word := key[0].split()[0]) in words and colour != word}
-    assert not differ and not [key for key, colour in colours.items() if colour and key[0].startswith(("black ", "grey "))]
+    differ = {
+        key: colour
+        for key, colour in colours.items()
+        if colour and (word := key[0].split()[0]) in words and colour != word
+    }
+    assert not differ and not [
+        key for key, colour in colours.items() if colour and key[0].startswith(("black ", "grey "))
+    ]
 
 
 def test_enough_drawings_have_a_colour(colours):
     for style in (*STYLES, UNSEEN_STYLE):
         share = sum(colour is not None for (_, s), colour in colours.items() if s == style) / (len(colours) / 4)
-        assert .1 < share < .5, (style, share)
+        assert 0.1 < share < 0.5, (style, share)
 
 
-@pytest.mark.parametrize("pixel, colour", [((220, 30, 30), "red"), ((30, 60, 220), "blue"), ((128, 128, 128), None), ((20, 20, 20), None), ((255, 200, 170), None)])
-def test_a_plain_colour(pixel, colour): assert colour_of(Image.new("RGB", (8, 8), pixel)) == colour
+@pytest.mark.parametrize(
+    "pixel, colour",
+    [
+        ((220, 30, 30), "red"),
+        ((30, 60, 220), "blue"),
+        ((128, 128, 128), None),
+        ((20, 20, 20), None),
+        ((255, 200, 170), None),
+    ],
+)
+def test_a_plain_colour(pixel, colour):
+    assert colour_of(Image.new("RGB", (8, 8), pixel)) == colour
 
 
 def test_no_colour_without_a_clear_majority():
     image = Image.new("RGB", (10, 10), (220, 30, 30))
     image.paste((30, 60, 220), (0, 0, 10, 4))
-    assert colour_of(image) is None                    # six tenths are red
+    assert colour_of(image) is None  # six tenths are red
     image.paste((220, 30, 30), (0, 0, 10, 2))
-    assert colour_of(image) == "red"                   # eight tenths
+    assert colour_of(image) == "red"  # eight tenths
     image.paste((100, 100, 100), (0, 0, 10, 6))
-    assert colour_of(image) is None                    # most of it is grey
+    assert colour_of(image) is None  # most of it is grey
 
 
 # Splits and records
@@ -169,10 +313,20 @@ def test_what_is_held_out_is_in_neither_stage(data, drawings):
     seen, held_out = split_things(drawings.things, 40, seed=1)
     assert len(held_out) == len(drawings.things) // 10 and not set(seen) & set(held_out)
     text = json.dumps(records["captions"] + records["conversations"])
-    for t in held_out: assert not any(said in text for said in (f'"{t.name}"', f'"{t.name}, ', f"Is it {with_article(t.name)}?", f"is {with_article(t.name)}?"))
-    assert not any(t.code in r.get("image", "") for t in held_out for r in records["captions"] + records["conversations"])
+    for t in held_out:
+        assert not any(
+            said in text
+            for said in (f'"{t.name}"', f'"{t.name}, ', f"Is it {with_article(t.name)}?", f"is {with_article(t.name)}?")
+        )
+    assert not any(
+        t.code in r.get("image", "") for t in held_out for r in records["captions"] + records["conversations"]
+    )
     assert not any(r.get("image", "").startswith(UNSEEN_STYLE) for r in records["captions"] + records["conversations"])
-    assert all(UNSEEN_STYLE in r["image"] for r in records["held_out"] if r["split"] == "unseen style" and r["type"] not in ("count", "left/right"))
+    assert all(
+        UNSEEN_STYLE in r["image"]
+        for r in records["held_out"]
+        if r["split"] == "unseen style" and r["type"] not in ("count", "left/right")
+    )
 
 
 def test_no_question_is_asked_twice_of_one_drawing(data):
@@ -184,10 +338,13 @@ def test_no_question_is_asked_twice_of_one_drawing(data):
 def test_records_are_llava_records_with_files(data):
     folder, _, records = data
     plain, chatml = get_template("plain"), get_template("chatml")
-    for r in records["captions"]: plain.segments(normalise(r))
-    for r in records["conversations"] + records["held_out"]: chatml.segments(normalise(r))
+    for r in records["captions"]:
+        plain.segments(normalise(r))
+    for r in records["conversations"] + records["held_out"]:
+        chatml.segments(normalise(r))
     for r in sum(records.values(), []):
-        if "image" in r: Image.open(folder / "images" / r["image"]).load()
+        if "image" in r:
+            Image.open(folder / "images" / r["image"]).load()
     assert 0 < sum("image" not in r for r in records["conversations"]) < 30
 
 
@@ -202,9 +359,9 @@ def test_yes_and_no_are_balanced_and_no_is_hard(drawings):
     seen, _ = split_things(drawings.things, 300)
     questioner = Questioner(drawings, seen, 0)
     said = [questioner.ask("yes/no", t, "noto")[1].rsplit(", ", 1) for t in seen * 2]
-    assert [name for name, _ in said] == [t.name for t in seen * 2]       # what is seen comes first
+    assert [name for name, _ in said] == [t.name for t in seen * 2]  # what is seen comes first
     verdicts = [verdict for _, verdict in said]
-    assert .42 < verdicts.count("yes") / len(verdicts) < .58
+    assert 0.42 < verdicts.count("yes") / len(verdicts) < 0.58
     near = {t: [o for o in seen if o.subgroup == t.subgroup and exclude_each_other(o, t)] for t in seen}
     assert all(questioner.other(t).subgroup == t.subgroup for t in seen if near[t])
 
@@ -228,7 +385,7 @@ def test_counts_and_sides_are_what_the_image_shows():
 
 def test_data_is_a_function_of_the_seed(data, tmp_path):
     _, frequent, records = data
-    assert build_data(tmp_path, things=40, conversations=150, share=.2, seed=1) == frequent
+    assert build_data(tmp_path, things=40, conversations=150, share=0.2, seed=1) == frequent
     assert {n: json.loads((tmp_path / f"{n}.json").read_text()) for n in records} == records
 
 
@@ -237,11 +394,18 @@ def test_data_is_a_function_of_the_seed(data, tmp_path):
 
 def test_scores_count_what_was_asked():
     ask = lambda type, right: {"type": type, "split": "s", "conversations": [{}, {"value": right}]}
-    answers = [evals.Answer(ask("name", "Red apple"), "a red apple."), evals.Answer(ask("name", "fox"), "wolf"), evals.Answer(ask("yes/no", "fox, yes"), "Wolf. Yes")]
-    assert not evals.Answer(ask("yes/no", "fox, yes"), "fox, no").correct and not evals.Answer(ask("yes/no", "fox, yes"), "").correct
+    answers = [
+        evals.Answer(ask("name", "Red apple"), "a red apple."),
+        evals.Answer(ask("name", "fox"), "wolf"),
+        evals.Answer(ask("yes/no", "fox, yes"), "Wolf. Yes"),
+    ]
+    assert (
+        not evals.Answer(ask("yes/no", "fox, yes"), "fox, no").correct
+        and not evals.Answer(ask("yes/no", "fox, yes"), "").correct
+    )
     blank = [evals.Answer(a.record, "fox") for a in answers]
     scores = {s.type: s for s in evals.score(answers, blank, {"name": "fox", "yes/no": "no"})}
-    assert (scores["name"].accuracy, scores["name"].blank, scores["name"].most_frequent) == (.5, .5, .5)
+    assert (scores["name"].accuracy, scores["name"].blank, scores["name"].most_frequent) == (0.5, 0.5, 0.5)
     assert (scores["yes/no"].accuracy, scores["yes/no"].blank, scores["yes/no"].most_frequent) == (1, 0, 0)
 
 
@@ -249,7 +413,9 @@ def test_the_budget_gives_the_steps(tmp_path, monkeypatch):
     """More minutes, more steps; too few minutes, the least; and a later start keeps the plan."""
     done, layout = [], runner.Layout(1, 2, False)
     monkeypatch.setattr(runner, "trial", lambda demo: (layout, 2.0))
-    monkeypatch.setattr(runner, "run_stage", lambda demo, layout, name, about, stage, steps, **more: done.append((name, steps)))
+    monkeypatch.setattr(
+        runner, "run_stage", lambda demo, layout, name, about, stage, steps, **more: done.append((name, steps))
+    )
     steps = {}
     for minutes in (1, 20, 40):
         demo = runner.Demo(tmp_path / str(minutes), minutes=minutes, tell=lambda text: None)
@@ -275,11 +441,15 @@ COMMAND = [sys.executable, "-m", "llava_nb.demo", "--fast", "--out"]
 def test_a_killed_demonstration_resumes(tmp_path):
     """Killed with all its processes in the middle of stage 2: the second start trains no stage 1, and ends stage 2 from a checkpoint."""
     out, argv = tmp_path / "demo", [*COMMAND, str(tmp_path / "demo")]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT)
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT
+    )
     deadline = time.monotonic() + 600
-    while not list(out.glob("stage2/checkpoint-*/MANIFEST.json")) and time.monotonic() < deadline: time.sleep(.05)
+    while not list(out.glob("stage2/checkpoint-*/MANIFEST.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
     started = psutil.Process(process.pid).children(recursive=True)
-    for p in [*started, psutil.Process(process.pid)]: p.kill()
+    for p in [*started, psutil.Process(process.pid)]:
+        p.kill()
     process.stdout.read()
     psutil.wait_procs(started)
     done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, timeout=600)
@@ -291,9 +461,12 @@ def test_a_killed_demonstration_resumes(tmp_path):
 @pytest.mark.slow
 def test_a_signal_to_the_demonstration_alone_stops_its_training_too(tmp_path):
     out = tmp_path / "demo"
-    process = subprocess.Popen([*COMMAND, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [*COMMAND, str(out)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+    )
     for line in process.stdout:
-        if line.startswith("step     1/"): break
+        if line.startswith("step     1/"):
+            break
     started = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
     said = process.stdout.read()
@@ -308,10 +481,19 @@ def test_the_whole_way_in_a_tiny_budget(tmp_path, capfd):
     assert command.main(["--fast", "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
     assert {s["split"] for s in results["scores"]} == {"unseen style", "unseen things"} and len(results["chat"]) == 3
-    for name in ("samples.html", "accuracy.png", "loss.png", "table.txt", "stage1/projector.safetensors", "stage2/model.safetensors"):
+    for name in (
+        "samples.html",
+        "accuracy.png",
+        "loss.png",
+        "table.txt",
+        "stage1/projector.safetensors",
+        "stage2/model.safetensors",
+    ):
         assert (out / name).stat().st_size > 0
     assert "most frequent" in capfd.readouterr().out
-    assert command.main(["--out", str(out)]) == 0 and "finished run" in capfd.readouterr().out       # a second call does no work twice
+    assert (
+        command.main(["--out", str(out)]) == 0 and "finished run" in capfd.readouterr().out
+    )  # a second call does no work twice
     reads_its_result(out)
 
 
@@ -320,9 +502,15 @@ def reads_its_result(out):
     image = next((out / "data" / "images").glob("*.png"))
     config = json.loads((out / "stage2" / "train.json").read_text())
     again = {key: value for key, value in config.items() if key not in ("language_model", "vision_tower", "projector")}
-    (out / "again.json").write_text(json.dumps(again | {"model": str(out / "stage2"), "output_dir": str(out / "again")}))
+    (out / "again.json").write_text(
+        json.dumps(again | {"model": str(out / "stage2"), "output_dir": str(out / "again")})
+    )
     ask = ["--image", str(image), "--ask", "What is this?", "--max_new_tokens", "4"]
-    for argv in (["llava_nb.train", "chat", str(out / "stage2"), *ask], ["llava_nb.train", "doctor", str(out / "again.json")],
-                 ["llava_nb.train", str(out / "again.json"), "--dry_run"], ["llava_nb.train", "verify", str(out / "stage2")]):
+    for argv in (
+        ["llava_nb.train", "chat", str(out / "stage2"), *ask],
+        ["llava_nb.train", "doctor", str(out / "again.json")],
+        ["llava_nb.train", str(out / "again.json"), "--dry_run"],
+        ["llava_nb.train", "verify", str(out / "stage2")],
+    ):
         done = subprocess.run([sys.executable, "-m", *argv], capture_output=True, text=True, cwd=ROOT, timeout=300)
         assert done.returncode == 0, (argv, done.stdout[-1000:], done.stderr[-2000:])

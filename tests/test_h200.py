@@ -46,9 +46,9 @@ def rehearsed(out: Path, *words: str, code: int = 0, **env: str) -> dict[str, di
     assert summary["table"] in done.stdout and sorted(p.name for p in out.iterdir() if p.is_file()) == sorted(
         [*(f"{name}.json" for name in found), "summary.json"]
     )
-    assert not [
-        p for p in psutil.process_iter() if p.pid != os.getpid() and _out_of(p) == str(out)
-    ], "a stage left a process"
+    assert not [p for p in psutil.process_iter() if p.pid != os.getpid() and _out_of(p) == str(out)], (
+        "a stage left a process"
+    )
     return found
 
 

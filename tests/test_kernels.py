@@ -8,13 +8,13 @@ import venv
 
 import pytest
 import torch
-from stand_ins import CALLS, VERSIONS, stood_in, torch_version
 from runs import ROOT, TIMEOUT, config, launch, make_world
+from stand_ins import CALLS, VERSIONS, stood_in, torch_version
 from test_model import SHAPE, assert_equal, loss_and_gradients, samples
 from torch._dynamo.utils import counters
 
+from llava_nb.fast.attention import BACKENDS, check_attention_backend, choose_attention, record_lengths, use_attention
 from llava_nb.fast.memory import expand_segments
-from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.fast.recompute import RECOMPUTE, set_recompute
 from llava_nb.llava import freeze, tiny_llava
 from llava_nb.masking import tiny_tokenizer
@@ -50,14 +50,19 @@ def expected(model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
 @pytest.mark.parametrize("window", [None, 2, 7, 130], ids=lambda w: f"window {w}")
 def test_a_kernel_agrees_with_sdpa_forward_and_backward(backend, heads, dtype, window):
-    assert not objection(backend, "cpu", dtype, heads, window, tolerance=1e-5 if dtype == torch.float32 else 2e-2)
+    assert not check_attention_backend(
+        backend, "cpu", dtype, heads, window, tolerance=1e-5 if dtype == torch.float32 else 2e-2
+    )
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 16)], ids=["as many keys", "shared keys"])
 def test_varlen_runs_with_the_signature_of_each_version_of_torch(version, heads):
     with torch_version(version):
-        assert [objection("varlen", "cpu", torch.float32, heads, window, tolerance=1e-5) for window in (None, 7)] == [
+        assert [
+            check_attention_backend("varlen", "cpu", torch.float32, heads, window, tolerance=1e-5)
+            for window in (None, 7)
+        ] == [
             "",
             "",
         ]
@@ -75,40 +80,60 @@ def test_the_signature_of_the_newest_version_is_the_installed_one():
 def test_a_kernel_that_forgets_the_window_is_caught(backend, monkeypatch):
     kernel = BACKENDS[backend]
     monkeypatch.setitem(BACKENDS, backend, lambda *given, sliding_window=None, **others: kernel(*given, **others))
-    assert not objection(backend, "cpu", torch.float32)
-    assert objection(backend, "cpu", torch.float32, window=4096).startswith("it differs from sdpa by")
+    assert not check_attention_backend(backend, "cpu", torch.float32)
+    assert check_attention_backend(backend, "cpu", torch.float32, window=4096).startswith("it differs from sdpa by")
 
 
 def test_all_ranks_take_the_back_end_that_none_objects_to(monkeypatch):
     """Two ranks, one of which cannot run the first kernel: both take the second, and say whose objection it was."""
     objections = [{"varlen": "it differs from sdpa by 9.0%"}, {"flash": "the package flash-attn is not installed"}]
+
     def chosen(rank: int, wanted: str = "auto"):
         asked = iter(BACKENDS) if wanted == "auto" else iter([wanted])
+
         def gather(mine: str) -> list[str]:
             backend = next(asked)
             assert mine == objections[rank].get(backend, "")
             return [said.get(backend, "") for said in objections]
-        monkeypatch.setattr("llava_nb.fast.attention.objection", lambda backend, *rest: objections[rank].get(backend, ""))
+
+        monkeypatch.setattr(
+            "llava_nb.fast.attention.check_attention_backend", lambda backend, *rest: objections[rank].get(backend, "")
+        )
         return choose_attention(wanted, "cuda", torch.bfloat16, gather=gather)
-    assert chosen(0) == chosen(1) == ("flex", {"varlen": "rank 0: it differs from sdpa by 9.0%", "flash": "rank 1: the package flash-attn is not installed"})
+
+    assert (
+        chosen(0)
+        == chosen(1)
+        == (
+            "flex",
+            {
+                "varlen": "rank 0: it differs from sdpa by 9.0%",
+                "flash": "rank 1: the package flash-attn is not installed",
+            },
+        )
+    )
     for rank in (0, 1):
-        with pytest.raises(ValueError, match="'flash' cannot be used on cuda .*: rank 1: the package"): chosen(rank, "flash")
+        with pytest.raises(ValueError, match="'flash' cannot be used on cuda .*: rank 1: the package"):
+            chosen(rank, "flash")
 
 
 def test_the_allocator_is_set_before_cuda_starts_and_never_over_the_users_own(monkeypatch):
     for own in ({}, {"PYTORCH_ALLOC_CONF": ""}):
         assert expand_segments(own, cuda=True) and own == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    for own in ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}):
+    for own in (
+        {"PYTORCH_ALLOC_CONF": "max_split_size_mb:1"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"},
+    ):
         assert not expand_segments(changed := dict(own), cuda=True) and changed == own
     assert not expand_segments(none := {}, cuda=False) and none == {}
-    monkeypatch.setattr(torch.version, "cuda", None)      # a build without CUDA, or for ROCm
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build without CUDA, or for ROCm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not expand_segments(none) and none == {}
 
 
 def test_auto_says_what_it_refuses_and_why(monkeypatch):
     monkeypatch.setattr(
-        "llava_nb.fast.attention.objection",
+        "llava_nb.fast.attention.check_attention_backend",
         lambda backend, device, dtype, heads, window: (
             "it is warm" if backend == "varlen" else "it is far" if backend == "flash" and window else ""
         ),
@@ -120,7 +145,7 @@ def test_auto_says_what_it_refuses_and_why(monkeypatch):
     assert choose_attention("auto", "cuda", torch.bfloat16) == ("flash", {"varlen": "it is warm"})
     with pytest.raises(ValueError, match="'flash' cannot be used on cuda .*: it is far; 'auto' takes"):
         choose_attention("flash", "cuda", torch.bfloat16, windows=(None, 512))
-    monkeypatch.setattr("llava_nb.fast.attention.objection", lambda backend, *rest: "no")
+    monkeypatch.setattr("llava_nb.fast.attention.check_attention_backend", lambda backend, *rest: "no")
     assert choose_attention("auto", "cuda", torch.bfloat16) == (
         "sdpa",
         dict.fromkeys(("varlen", "flash", "flex"), "no"),

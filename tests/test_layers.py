@@ -1,4 +1,5 @@
 """Arrows between modules go one way: base, fast, the book, store, safe, run, demo. The book reads and runs without what stands behind it."""
+
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -7,8 +8,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llava_nb"
-LAYERS = ("base", "fast", "book", "store", "safe", "run", "demo")      # a module imports from its own layer and from those before it
-ALONE = {"fast": ("base", "fast")}                                      # kernels know nothing of LLaVA
+LAYERS = (
+    "base",
+    "fast",
+    "book",
+    "store",
+    "safe",
+    "run",
+    "demo",
+)  # a module imports from its own layer and from those before it
+ALONE = {"fast": ("base", "fast")}  # kernels know nothing of LLaVA
 
 
 def modules() -> dict[str, Path]:
@@ -19,7 +28,8 @@ def modules() -> dict[str, Path]:
 
 def layer(name: str) -> str:
     "The book's modules stand in the package itself; `train` is the program, which may use everything"
-    if name == "train": return "run"
+    if name == "train":
+        return "run"
     return name.split(".")[0] if "." in name else "book"
 
 
@@ -27,15 +37,16 @@ def imported(name: str, path: Path) -> set[str]:
     "Our modules that a module imports, anywhere in it"
     known, found, package = modules(), set(), ["llava_nb", *name.split(".")[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            start = package[:len(package) - node.level + 1] if node.level else []
+            start = package[: len(package) - node.level + 1] if node.level else []
             whole = ".".join([*start, *filter(None, [node.module])])
             found |= {whole, *(f"{whole}.{alias.name}" for alias in node.names)}
     return {name.removeprefix("llava_nb.") for name in found} & set(known)
 
 
-DEBTS = set()      # modules that still import against the rule: none
+DEBTS = set()  # modules that still import against the rule: none
 
 GRAPH = {name: imported(name, path) for name, path in modules().items()}
 
@@ -43,10 +54,12 @@ GRAPH = {name: imported(name, path) for name, path in modules().items()}
 @pytest.mark.parametrize("name", GRAPH)
 def test_a_module_imports_from_layers_before_it(name):
     own = layer(name)
-    allowed = ALONE.get(own) or LAYERS[:LAYERS.index(own) + 1]
+    allowed = ALONE.get(own) or LAYERS[: LAYERS.index(own) + 1]
     against = {other for other in GRAPH[name] if layer(other) not in allowed}
-    if name in DEBTS: assert against, f"{name} is in order: take it from DEBTS"
-    else: assert not against, f"{name} stands in the layer {own!r} and imports {sorted(against)}"
+    if name in DEBTS:
+        assert against, f"{name} is in order: take it from DEBTS"
+    else:
+        assert not against, f"{name} stands in the layer {own!r} and imports {sorted(against)}"
 
 
 def test_imports_have_no_cycle():

@@ -9,8 +9,8 @@ from transformers import Gemma3TextConfig, MistralConfig, Qwen2Config
 
 from llava_nb.fast.meter import Meter, Work, attended_pairs, matmul_rate, row_cost, work_of
 from llava_nb.llava import llava_config, meta_llava, shape_of
-from llava_nb.sampler import Plan
 from llava_nb.run.checks import architecture
+from llava_nb.sampler import Plan
 from llava_nb.trainer import PlanSampler
 from llava_nb.vision import vision_config
 

@@ -10,18 +10,17 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
-    LlamaConfig,
     LlavaForConditionalGeneration,
     Qwen2Config,
     SiglipVisionConfig,
 )
 
-from llava_nb.fast.attention import BACKENDS, choose_attention, objection, record_lengths, use_attention
 from llava_nb.checkpoint import save_llava, save_projector
+from llava_nb.fast.attention import BACKENDS, check_attention_backend, choose_attention, record_lengths, use_attention
 from llava_nb.fast.cross_entropy import (
     LOSS_KERNELS,
+    check_loss_kernel,
     linear_cross_entropy,
-    loss_objection,
     text_logits,
     use_loss_kernel,
     weighted_cross_entropy,
@@ -114,7 +113,7 @@ def test_packed_equals_padded(model):
 
 
 DEVICE, DTYPE = "cpu", torch.float32  # a GPU has test_gpu: these must not start CUDA in every process
-HERE = [b for b in BACKENDS if not objection(b, DEVICE, DTYPE, (4, 2, 16))]  # what this machine has
+HERE = [b for b in BACKENDS if not check_attention_backend(b, DEVICE, DTYPE, (4, 2, 16))]  # what this machine has
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -186,9 +185,9 @@ def test_a_loss_kernel_that_does_not_prove_itself_is_not_taken(monkeypatch):
             hidden, rows, bias, targets, torch.ones_like(weights), *rest
         ),
     )
-    assert loss_objection("liger", "cpu", torch.float32).startswith("it differs from chunked by")
+    assert check_loss_kernel("liger", "cpu", torch.float32).startswith("it differs from chunked by")
     monkeypatch.setitem(LOSS_KERNELS, "liger", lambda *given: 1 / 0)
-    assert "does not run here (ZeroDivisionError" in loss_objection("liger", "cpu", torch.float32)
+    assert "does not run here (ZeroDivisionError" in check_loss_kernel("liger", "cpu", torch.float32)
 
     def counted(*given):
         calls.append(1)

@@ -21,13 +21,13 @@ from transformers import (
 
 from llava_nb.checkpoint import published_state
 from llava_nb.conversation import get_template
+from llava_nb.dataset import LlavaDataset
 from llava_nb.imageproc import ImageTransform
 from llava_nb.llava import build_llava, freeze
 from llava_nb.masking import Encoder
 from llava_nb.objective import padded_loss, row_loss
 from llava_nb.optim import parameter_groups
 from llava_nb.packing import collate_packed, collate_padded
-from llava_nb.dataset import LlavaDataset
 from llava_nb.sampler import Plan
 from llava_nb.trainer import PlanSampler
 

@@ -4,6 +4,7 @@ One difference is not ours to mend and is asserted as it is: the reference's slo
 every chunk, today's only before a chunk that has none. So where a chunk begins with a space, the reference's ids are ours
 for the same chunk with one more space. Such records are recognised by that rule, never by their place in the file.
 """
+
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,8 @@ def encode(record: dict, slow_spaces: bool = False) -> tuple[list[int], list[int
     turns = normalise({"conversations": record["conversations"]} | ({"image": "x"} if record["image"] else {}))
     segments = get_template(record["template"]).segments(turns)
     for k in chunks_begin(segments) if slow_spaces else ():
-        if segments[k].text.startswith(" "): segments[k] = replace(segments[k], text=" " + segments[k].text)
+        if segments[k].text.startswith(" "):
+            segments[k] = replace(segments[k], text=" " + segments[k].text)
     encoded = encoder(segments)
     inside = {p for start, end in encoded.image_spans for p in range(start + 1, end)}
     ids = [IMAGE if i == len(tok) else i for p, i in enumerate(encoded.input_ids) if p not in inside]
@@ -56,6 +58,8 @@ def test_few_records_need_the_exception():
 @pytest.mark.parametrize("name", model_batches())
 def test_pixels(name):
     batch = model_batches()[name]
-    transform = ImageTransform(CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), batch["aspect"])
+    transform = ImageTransform(
+        CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}), batch["aspect"]
+    )
     total = sum(float(transform(golden_image(*r["image"])).double().sum()) for r in batch["records"] if "image" in r)
     assert total == pytest.approx(batch["pixel_sum"], rel=1e-6)

@@ -1,16 +1,41 @@
 """All that is wrong with a configuration is told in one answer, a line each, with the exit code of the first."""
+
 import json
 
 import pytest
 
 from llava_nb import train
-from llava_nb.base.problems import Problems, Several
+from llava_nb.base.problems import MultipleErrors, Problems
 from llava_nb.safe.storage import NoCheckpoint
 
-WRONG = {"learnin_rate": "did you mean 'learning_rate'", "learning_rate": "invalid float value: 'fast'", "max_steps": "invalid int value: '2.5'", "zero": "zero 9 is unknown", "template": "template 'vicuna' is unknown",
-         "bits": "--bits 4 is not supported", "mm_vision_select_feature": "--mm_vision_select_feature 'cls' is unknown", "data_path": "data_path: /none.json does not exist", "image_folder": "image_folder: /none does not exist",
-         "model": "model: /no/model/here does not exist", "bad_records": "'gone' is no kind of bad record", "deepspeed": "deepspeed: none.json does not exist"}
-VALUES = {"learnin_rate": 1, "learning_rate": "fast", "max_steps": 2.5, "zero": 9, "template": "vicuna", "bits": 4, "mm_vision_select_feature": "cls", "data_path": "/none.json", "image_folder": "/none", "model": "/no/model/here", "bad_records": "gone", "deepspeed": "none.json"}
+WRONG = {
+    "learnin_rate": "did you mean 'learning_rate'",
+    "learning_rate": "invalid float value: 'fast'",
+    "max_steps": "invalid int value: '2.5'",
+    "zero": "zero 9 is unknown",
+    "template": "template 'vicuna' is unknown",
+    "bits": "--bits 4 is not supported",
+    "mm_vision_select_feature": "--mm_vision_select_feature 'cls' is unknown",
+    "data_path": "data_path: /none.json does not exist",
+    "image_folder": "image_folder: /none does not exist",
+    "model": "model: /no/model/here does not exist",
+    "bad_records": "'gone' is no kind of bad record",
+    "deepspeed": "deepspeed: none.json does not exist",
+}
+VALUES = {
+    "learnin_rate": 1,
+    "learning_rate": "fast",
+    "max_steps": 2.5,
+    "zero": 9,
+    "template": "vicuna",
+    "bits": 4,
+    "mm_vision_select_feature": "cls",
+    "data_path": "/none.json",
+    "image_folder": "/none",
+    "model": "/no/model/here",
+    "bad_records": "gone",
+    "deepspeed": "none.json",
+}
 
 
 @pytest.mark.parametrize("command", [[], ["doctor"]])
@@ -19,7 +44,8 @@ def test_twelve_mistakes_are_twelve_lines(tmp_path, command, capsys):
     assert train.main([*command, str(tmp_path / "run.json")]) == 2
     first, *lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 12 and first == f"llava_nb: {len(lines)} things are wrong:"
-    for said in WRONG.values(): assert sum(said in line for line in lines) == 1, said
+    for said in WRONG.values():
+        assert sum(said in line for line in lines) == 1, said
 
 
 def test_each_mistake_alone_is_one_line(tmp_path, capsys):
@@ -33,10 +59,20 @@ def test_each_mistake_alone_is_one_line(tmp_path, capsys):
 
 def test_the_same_words_are_told_once_and_the_first_gives_the_code():
     wrong = Problems()
-    for error in (NoCheckpoint("no checkpoint"), ValueError("twice"), ValueError("twice"), Several([ValueError("twice"), OSError("a\nb")])):
-        with wrong.noted(): raise error
-    with pytest.raises(Several, match="^3 things are wrong:\n  no checkpoint\n  twice\n  a b$") as told: wrong.tell()
+    for error in (
+        NoCheckpoint("no checkpoint"),
+        ValueError("twice"),
+        ValueError("twice"),
+        MultipleErrors([ValueError("twice"), OSError("a\nb")]),
+    ):
+        with wrong.noted():
+            raise error
+    with pytest.raises(MultipleErrors, match="^3 things are wrong:\n  no checkpoint\n  twice\n  a b$") as told:
+        wrong.tell()
     assert told.value.exit_code == NoCheckpoint.exit_code == 4
-    alone = Problems(); alone.add(NoCheckpoint("no checkpoint"))
-    with pytest.raises(NoCheckpoint): alone.tell()
-    with pytest.raises(KeyError), Problems().noted(): raise KeyError("a fault of the code is no problem of the user's")
+    alone = Problems()
+    alone.add(NoCheckpoint("no checkpoint"))
+    with pytest.raises(NoCheckpoint):
+        alone.tell()
+    with pytest.raises(KeyError), Problems().noted():
+        raise KeyError("a fault of the code is no problem of the user's")

@@ -6,10 +6,10 @@ import pickle
 import tarfile
 
 import pytest
+from runs import config, farthest, launch, make_world, weights
 
 import llava_nb.train as train
 from llava_nb.store.shards import Shards, is_shards, write_shards
-from runs import config, farthest, launch, make_world, weights
 
 
 @pytest.fixture(autouse=True)

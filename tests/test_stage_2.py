@@ -1,4 +1,5 @@
 """The page that leads from each sentence of LLaVA's method to its line: every line is where the page says."""
+
 import json
 import re
 from pathlib import Path
@@ -6,13 +7,16 @@ from pathlib import Path
 import pytest
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "stage_2.md"
-ROWS = re.findall(r"^\| (?!sentence|---)(.+?) \| \[.+?\]\((.+?)\) \| `(.+)` \|$", PAGE.read_text(encoding="utf-8"), re.M)
+ROWS = re.findall(
+    r"^\| (?!sentence|---)(.+?) \| \[.+?\]\((.+?)\) \| `(.+)` \|$", PAGE.read_text(encoding="utf-8"), re.M
+)
 
 
 def code_of(path: Path) -> str:
     "The code of a notebook without its outputs, or the text of another file"
     text = path.read_text(encoding="utf-8")
-    if path.suffix != ".ipynb": return text
+    if path.suffix != ".ipynb":
+        return text
     return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")
 
 

@@ -17,18 +17,18 @@ from pyarrow import parquet
 from tokenizers import Tokenizer
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from llava_nb.store import cache, conversion, files
 from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.store import cache, conversion, files
 from llava_nb.store.conversion import convert, validate_files
 from llava_nb.store.dataset import ValidatedDataset
 from llava_nb.store.files import data_files, file_names, read_records
 from llava_nb.store.records import Records, open_records, validate_list
-from llava_nb.store.validate import BLOCK, Gate
+from llava_nb.store.validate import BLOCK, RecordValidator
 
 ENCODER, V1 = Encoder(tiny_tokenizer(), 2048, 16, 256), get_template("v1")
-GATE = Gate(V1, ENCODER)
+GATE = RecordValidator(V1, ENCODER)
 
 
 def record(k: int, image=None, answer="A fox.") -> dict:
@@ -159,7 +159,7 @@ def test_processes_change_nothing(tmp_path):
 def test_a_stopped_conversion_goes_on_after_the_last_whole_block(tmp_path, monkeypatch):
     data, asked = written(tmp_path / "a.json", some(3 * BLOCK)), []
 
-    class Stops(Gate):
+    class Stops(RecordValidator):
         def __call__(self, rows, first=0, file=0):
             if first >= stop:
                 raise KeyboardInterrupt
@@ -191,9 +191,9 @@ def test_a_conversion_is_used_again_exactly_as_long_as_nothing_changed(tmp_path)
     added = tiny_tokenizer()
     added.add_tokens(["fox"])
     others = {
-        folder(Gate(get_template("llava_llama_2"), ENCODER)),
-        folder(Gate(V1, Encoder(tiny_tokenizer(), 2048, 16, 255))),
-        folder(Gate(V1, Encoder(added, 2048, 16, 256))),
+        folder(RecordValidator(get_template("llava_llama_2"), ENCODER)),
+        folder(RecordValidator(V1, Encoder(tiny_tokenizer(), 2048, 16, 255))),
+        folder(RecordValidator(V1, Encoder(added, 2048, 16, 256))),
     }
     written(data, some(21))
     others |= {first, folder()}
@@ -416,7 +416,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_that_records_finding():
     tokenizer = tiny_tokenizer()
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
-    gate = Gate(
+    gate = RecordValidator(
         V1,
         Encoder(
             PreTrainedTokenizerFast(

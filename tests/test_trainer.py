@@ -1,10 +1,10 @@
 """The book's Trainer makes the steps of a bare loop, however they are cut, and runs without the layers behind it."""
+
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,8 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 class Substeps(TrainerCallback):
     """How often a row was done that is not a step's last."""
-    def __init__(self): self.seen = []
-    def on_substep_end(self, args, state, control, **kwargs): self.seen.append(state.global_step)
+
+    def __init__(self):
+        self.seen = []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)
 
 
 def new_model():
@@ -52,12 +56,25 @@ def world(tmp_path_factory):
     config = new_model().config
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     encoder = Encoder(tokenizer, config.image_token_id, config.image_seq_length, max_length=256)
-    return tokenizer, processor, LlavaDataset(records, get_template("v1"), encoder, ImageTransform(processor, "pad"), where)
+    return (
+        tokenizer,
+        processor,
+        LlavaDataset(records, get_template("v1"), encoder, ImageTransform(processor, "pad"), where),
+    )
 
 
 def arguments(folder: Path, **changes) -> LlavaTrainingArguments:
-    usual = {"output_dir": str(folder), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": STEPS, "learning_rate": 2e-3,
-             "weight_decay": .1, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+    usual = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "learning_rate": 2e-3,
+        "weight_decay": 0.1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
     return LlavaTrainingArguments(**usual | changes)
 
 
@@ -69,23 +86,30 @@ def trainer_for(world, args, callbacks=()) -> LlavaTrainer:
 def bare_loop(dataset, plan) -> tuple[list[float], dict]:
     """The reference's micro-batches, one after another, in plain PyTorch."""
     model, losses = new_model(), []
-    optimizer = torch.optim.AdamW(parameter_groups(model, 2e-3, .1))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 2e-3, 0.1))
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=STEPS)
     for k in range(STEPS):
         batches = plan.for_epoch(k // plan.steps).micro_batches(k % plan.steps)
         weights = token_weights("reference", [dataset.supervised[b].tolist() for b in batches])
         losses.append(0.0)
         for batch, weight in zip(batches, weights):
-            if not len(batch): continue
+            if not len(batch):
+                continue
             row = collate_packed([dataset[i] | {"weight": w} for i, w in zip(batch, weight)], (3, 56, 56))
             loss = row_loss(model, row, model.config.llava_nb["text_vocab_size"], model.config.image_token_id)
             loss.backward()
             losses[-1] += loss.item()
-        optimizer.step(); schedule.step(); optimizer.zero_grad()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
     return losses, model.state_dict()
 
 
-@pytest.mark.parametrize("changes", [{}, {"max_tokens": 160}, {"max_tokens": 4096}, {"dataloader_num_workers": 2, "max_tokens": 200}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_tokens": 160}, {"max_tokens": 4096}, {"dataloader_num_workers": 2, "max_tokens": 200}],
+    ids=str,
+)
 def test_the_trainer_makes_the_steps_of_a_bare_loop(world, tmp_path, changes):
     trainer = trainer_for(world, arguments(tmp_path, **changes))
     trainer.train()
@@ -99,8 +123,14 @@ def test_transformers_counts_one_batch_a_step_and_divides_nothing(world, tmp_pat
     """Its loop, accelerate and the step itself: the gradient is the sum of the rows'."""
     args = arguments(tmp_path)
     trainer = trainer_for(world, args)
-    assert args.gradient_accumulation_steps == 2 and trainer.args.gradient_accumulation_steps == 1 == trainer.accelerator.gradient_accumulation_steps
-    assert len(trainer.get_train_dataloader()) == trainer.plan_sampler.plan.steps and trainer.get_total_train_batch_size(args) == 4
+    assert (
+        args.gradient_accumulation_steps == 2
+        and trainer.args.gradient_accumulation_steps == 1 == trainer.accelerator.gradient_accumulation_steps
+    )
+    assert (
+        len(trainer.get_train_dataloader()) == trainer.plan_sampler.plan.steps
+        and trainer.get_total_train_batch_size(args) == 4
+    )
     trainer._prepare_for_training(STEPS, trainer.get_train_dataloader(), None)
     rows = next(iter(trainer.get_train_dataloader()))
     trainer.current_gradient_accumulation_steps = 1
@@ -111,7 +141,8 @@ def test_transformers_counts_one_batch_a_step_and_divides_nothing(world, tmp_pat
     sum(parts).backward()
     assert len(rows) == 2 and loss.item() == pytest.approx(sum(parts).item(), rel=1e-6)
     for name, p in trainer.model.named_parameters():
-        if p.grad is not None: assert torch.allclose(found[name], p.grad, atol=1e-7), name
+        if p.grad is not None:
+            assert torch.allclose(found[name], p.grad, atol=1e-7), name
 
 
 def test_rows_of_a_step_are_chosen_step_by_step_and_told_to_callbacks(world, tmp_path):
@@ -134,37 +165,60 @@ def test_a_second_trainer_may_take_the_same_arguments(world, tmp_path):
 
 def test_loss_weights_stay_float32_where_pixels_do_not(world, tmp_path):
     trainer = trainer_for(world, arguments(tmp_path))
-    trainer.model.to(torch.bfloat16); trainer.is_deepspeed_enabled = True
+    trainer.model.to(torch.bfloat16)
+    trainer.is_deepspeed_enabled = True
     row = trainer.on_device(next(iter(trainer.get_train_dataloader()))[0])
-    assert row["loss_weights"].dtype == torch.float32 and row["pixel_values"].dtype == torch.bfloat16 and row["input_ids"].dtype == torch.int64
+    assert (
+        row["loss_weights"].dtype == torch.float32
+        and row["pixel_values"].dtype == torch.bfloat16
+        and row["input_ids"].dtype == torch.int64
+    )
 
 
 def test_the_last_row_alone_completes_the_gradients():
     class Accelerator:
         """accelerate on several ranks without DeepSpeed."""
-        def __init__(self): self.state, self.seen, self.sync_gradients = type("State", (), {"deepspeed_plugin": None})(), [], True
+
+        def __init__(self):
+            self.state, self.seen, self.sync_gradients = type("State", (), {"deepspeed_plugin": None})(), [], True
+
         def no_sync(self, model):
             self.seen.append("put off")
             import contextlib
+
             return contextlib.nullcontext()
+
     accelerator = Accelerator()
     for last in (False, False, True):
-        with accumulating(accelerator, None, last): accelerator.seen.append(accelerator.sync_gradients)
+        with accumulating(accelerator, None, last):
+            accelerator.seen.append(accelerator.sync_gradients)
     assert accelerator.seen == ["put off", False, "put off", False, True]
     accelerator.state.deepspeed_plugin, accelerator.seen = object(), []
-    with accumulating(accelerator, None, False): assert not accelerator.sync_gradients and accelerator.seen == []      # the engine asks for the boundary
+    with accumulating(accelerator, None, False):
+        assert not accelerator.sync_gradients and accelerator.seen == []  # the engine asks for the boundary
 
 
 def overridden(cls: type) -> set[str]:
     """Private methods of transformers' Trainer that a class and its parents replace."""
     own = [c for c in cls.__mro__ if c not in Trainer.__mro__]
-    return {name for c in own for name in vars(c) if name.startswith("_") and not name.startswith("__") and hasattr(Trainer, name)}
+    return {
+        name
+        for c in own
+        for name in vars(c)
+        if name.startswith("_") and not name.startswith("__") and hasattr(Trainer, name)
+    }
 
 
 def test_few_private_methods_of_transformers_are_overridden():
     """Eleven until November 2026: each may change its name or meaning with any version."""
     assert overridden(LlavaTrainer) == set()
-    assert overridden(ReliableTrainer) == {"_save_checkpoint", "_prepare_for_training", "_load_from_checkpoint", "_load_rng_state", "_run_epoch"}
+    assert overridden(ReliableTrainer) == {
+        "_save_checkpoint",
+        "_prepare_for_training",
+        "_load_from_checkpoint",
+        "_load_rng_state",
+        "_run_epoch",
+    }
 
 
 ALONE = """
@@ -208,7 +262,15 @@ print("losses", json.dumps([losses[0], losses[-1], sorted(m for m in sys.modules
 
 def test_the_book_trains_without_the_layers_behind_it(tmp_path):
     book = sorted(p.stem for p in (ROOT / "llava_nb").glob("*.py") if p.stem not in ("__init__", "_modidx", "train"))
-    done = subprocess.run([sys.executable, "-c", ALONE, json.dumps(book), str(tmp_path)], capture_output=True, text=True, cwd=ROOT, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(book), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, last, loaded = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("losses")).removeprefix("losses"))
+    first, last, loaded = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith("losses")).removeprefix("losses")
+    )
     assert last < first and not loaded

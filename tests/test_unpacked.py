@@ -15,20 +15,20 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from runs import config, farthest, launch, make_world, verdicts, weights
 from transformers import CLIPImageProcessorPil
 
-from llava_nb.store import files as reading
 from llava_nb import train
-from llava_nb.store import unpacked
-from llava_nb.conversation import get_template
 from llava_nb.base.image_files import TooLarge
+from llava_nb.conversation import get_template
 from llava_nb.imageproc import ImageTransform
 from llava_nb.masking import Encoder, tiny_tokenizer
+from llava_nb.store import files as reading
+from llava_nb.store import unpacked
 from llava_nb.store.dataset import ValidatedDataset
 from llava_nb.store.files import held_name, image_held, read_records
 from llava_nb.store.images import Folder
 from llava_nb.store.unpacked import Unpacked, unpack, with_unpacked
-from runs import config, farthest, launch, make_world, verdicts, weights
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 TURNS = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))

@@ -1,4 +1,5 @@
 """Drawings: the same bytes every time, a text beside each, one colour code, nothing that only a style shows."""
+
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ TOKENS = ["<s>", "▁Hi", "<image>", "<image>", "▁A", "</s>"]
 FLAGS = [False, False, False, False, True, True]
 
 
-def strip(**more) -> viz.Drawing: return viz.token_strip(TOKENS, FLAGS, **more)
+def strip(**more) -> viz.Drawing:
+    return viz.token_strip(TOKENS, FLAGS, **more)
 
 
 def pixels(drawing: viz.Drawing, tmp_path: Path) -> Image.Image:
@@ -26,21 +28,34 @@ def test_a_strip_has_the_same_bytes_every_time():
     first = strip(title="one")._repr_png_()
     with viz.style():
         import matplotlib
-        matplotlib.rcParams["font.size"] = 30      # a notebook before this one may have set anything
+
+        matplotlib.rcParams["font.size"] = 30  # a notebook before this one may have set anything
         assert strip(title="one")._repr_png_() == first
     assert b"matplotlib" not in first and b"Software" not in first
 
 
 def test_a_strip_is_also_text_with_marks_and_borders():
     assert repr(strip(title="one")).split("\n") == [
-        "one", "context  <s>|·Hi", "image    <image>×2", "learned  ·A|</s>", "2 learned, 2 image, 2 context of 6 tokens"]
+        "one",
+        "context  <s>|·Hi",
+        "image    <image>×2",
+        "learned  ·A|</s>",
+        "2 learned, 2 image, 2 context of 6 tokens",
+    ]
     assert repr(strip(unit="segments")).endswith("of 6 segments")
-    assert repr(viz.token_strip(["<image>", "<0x0A>"], [False, False])).split("\n")[:2] == ["image    <image>", "context  ↵"]
+    assert repr(viz.token_strip(["<image>", "<0x0A>"], [False, False])).split("\n")[:2] == [
+        "image    <image>",
+        "context  ↵",
+    ]
 
 
 def test_a_strip_shows_the_colours_of_the_one_table(tmp_path):
     seen = set(pixels(strip(), tmp_path).get_flattened_data())
-    hexes = {kind: tuple(int(fill["facecolor"][k:k + 2], 16) for k in (1, 3, 5)) for kind, fill in viz.FILLS.items() if fill["facecolor"] != "white"}
+    hexes = {
+        kind: tuple(int(fill["facecolor"][k : k + 2], 16) for k in (1, 3, 5))
+        for kind, fill in viz.FILLS.items()
+        if fill["facecolor"] != "white"
+    }
     assert {kind for kind, rgb in hexes.items() if rgb in seen} == {"learned", "image", "context"}
 
 
@@ -66,7 +81,8 @@ def test_a_strip_for_a_page_of_its_own_is_escaped():
 
 
 def test_a_flag_for_each_token():
-    with pytest.raises(ValueError, match="2 tokens but 1 learned flags"): viz.token_strip(["a", "b"], [True])
+    with pytest.raises(ValueError, match="2 tokens but 1 learned flags"):
+        viz.token_strip(["a", "b"], [True])
 
 
 def test_aligned_rows_in_text_and_with_arrows():
@@ -74,7 +90,7 @@ def test_aligned_rows_in_text_and_with_arrows():
     drawn = viz.aligned_rows(rows, "title", arrows=[((0, 0), (1, 1))])
     assert repr(drawn).split("\n") == ["title", "ids     1    | <image>", "labels  -100 | [7]"]
     (arrow,) = [child for child in drawn.figure.axes[0].texts if getattr(child, "arrow_patch", None)]
-    assert arrow.xy[0] > arrow.xyann[0] and arrow.xy[1] > arrow.xyann[1]      # to the right, and down
+    assert arrow.xy[0] > arrow.xyann[0] and arrow.xy[1] > arrow.xyann[1]  # to the right, and down
     assert [text.get_text() for text in drawn.figure.axes[0].get_legend().texts] == ["learned", "image", "context"]
 
 
@@ -82,5 +98,7 @@ def test_aligned_rows_in_text_and_with_arrows():
 def test_no_output_needs_a_style_to_be_read(path):
     "GitHub and nbviewer take styles out of HTML: what coloured spans say is lost there"
     found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    pages = ["".join(o["data"]["text/html"]) for c in found for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    pages = [
+        "".join(o["data"]["text/html"]) for c in found for o in c.get("outputs", []) if "text/html" in o.get("data", {})
+    ]
     assert not [page[:200] for page in pages if re.search(r"<span[^>]*style=[^>]*background", page)]

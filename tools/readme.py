@@ -2,8 +2,12 @@
 
 usage: python tools/readme.py [FOLDER]      FOLDER: where to write; the repository by default
 """
-import re, shutil, sys
+
+import re
+import shutil
+import sys
 from pathlib import Path
+
 import nbformat
 from nbconvert import MarkdownExporter
 
@@ -16,12 +20,16 @@ def visible(nb):
     cells = []
     for cell in nb.cells:
         directives = re.findall(r"^#\|\s*(.*?)\s*$", cell.source, re.M) if cell.cell_type == "code" else []
-        if "hide" in directives: continue
-        cell.metadata.alt = next((d.removeprefix("fig-alt: ") for d in directives if d.startswith("fig-alt: ")), "figure")
+        if "hide" in directives:
+            continue
+        cell.metadata.alt = next(
+            (d.removeprefix("fig-alt: ") for d in directives if d.startswith("fig-alt: ")), "figure"
+        )
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M) if directives else cell.source
         cell.metadata.transient = {"remove_source": "echo: false" in directives}
-        for output in cell.get("outputs", []):     # a picture's repr beside it says nothing
-            if "image/png" in output.get("data", {}): output["data"].pop("text/plain", None)
+        for output in cell.get("outputs", []):  # a picture's repr beside it says nothing
+            if "image/png" in output.get("data", {}):
+                output["data"].pop("text/plain", None)
         cells.append(cell)
     nb.cells = cells
     return nb
@@ -34,8 +42,8 @@ def write(folder: Path) -> None:
     alts = iter([c.metadata.alt for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})])
     body = re.sub(r"!\[png\]", lambda _: f"![{next(alts)}]", body)
     body = re.sub(r"[ \t]+$", "", body, flags=re.M)
-    body = re.sub(r"\]\(((?:\w+/)?\w+\.ipynb)\)", r"](nbs/\1)", body)      # the notebooks' links to one another
-    body = re.sub(r"\]\(\.\./", "](", body)                          # and those to pages at the top
+    body = re.sub(r"\]\(((?:\w+/)?\w+\.ipynb)\)", r"](nbs/\1)", body)  # the notebooks' links to one another
+    body = re.sub(r"\]\(\.\./", "](", body)  # and those to pages at the top
     (folder / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", body).strip() + "\n", encoding="utf-8")
     shutil.rmtree(folder / IMAGES, ignore_errors=True)
     for name, data in sorted(resources["outputs"].items()):
@@ -43,4 +51,5 @@ def write(folder: Path) -> None:
         (folder / name).write_bytes(data)
 
 
-if __name__ == "__main__": write(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
+if __name__ == "__main__":
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)

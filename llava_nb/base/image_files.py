@@ -24,20 +24,33 @@ from PIL import Image
 from .terminal import one_line
 
 # %% ../../nbs/base/05_image_files.ipynb #89f6a858
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")       # what is opened, whatever the file is called
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what is opened, whatever the file is called
 _MAGIC = {
-    b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG", b"GIF87a": "GIF", b"GIF89a": "GIF",
-    b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF", b"MM\0+": "TIFF", b"8BPS": "Photoshop",
-    b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000", b"%!PS": "PostScript",
-    b"\xc5\xd0\xd3\xc6": "PostScript", b"%PDF": "PDF", b"\0\0\1\0": "an icon", b"PK\3\4": "a ZIP archive",
-    b"\x1f\x8b": "a gzip archive", b"version https://git-lfs": "a Git-LFS pointer (run `git lfs pull`)",
+    b"\xff\xd8\xff": "JPEG",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"8BPS": "Photoshop",
+    b"\0\0\0\x0cjP": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"%PDF": "PDF",
+    b"\0\0\1\0": "an icon",
+    b"PK\3\4": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"version https://git-lfs": "a Git-LFS pointer (run `git lfs pull`)",
 }
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF", b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC"}
 
-
+# %% ../../nbs/base/05_image_files.ipynb #78fcb4b4
 def sniff(
-    head: bytes, # a file's first bytes, 512 will do
-) -> str: # one of `FORMATS`, or what else it is
+    head: bytes,  # a file's first bytes, 512 will do
+) -> str:  # one of `FORMATS`, or what else it is
     "The format of a file, by its content."
     if not head:
         return "empty"
@@ -60,18 +73,20 @@ def _sniff_text(head: bytes) -> str:
     return "text" if text[:80].isprintable() and len(text) > len(head) / 2 else "no known kind of data"
 
 # %% ../../nbs/base/05_image_files.ipynb #57fa872b
-MAX_BYTES, MAX_PIXELS = 50_000_000, 50_000_000      # of a file; of an image
-MAX_SIDE, MIN_SIDE, MAX_RATIO = 10_000, 2, 20       # pixels a side; longer to shorter side
-MAX_MEMORY = 240_000_000       # bytes that Pillow and its decoder may take for one image
+MAX_BYTES, MAX_PIXELS = 50_000_000, 50_000_000  # of a file; of an image
+MAX_SIDE, MIN_SIDE, MAX_RATIO = 10_000, 2, 20  # pixels a side; longer to shorter side
+MAX_MEMORY = 240_000_000  # bytes that Pillow and its decoder may take for one image
 
 
 class Refused(ValueError):
     "An image that is not read, and why."
+
     kind = "unreadable"
 
 
 class TooLarge(Refused):
     "An image whose file, sides or decoding exceed the limits."
+
     kind = "size"
 
 
@@ -82,19 +97,21 @@ def check_size(
     "Refuse an image of a size that no photograph has."
     longer, shorter = max(width, height), min(width, height)
     if width * height > MAX_PIXELS or longer > MAX_SIDE or shorter < MIN_SIDE or longer > MAX_RATIO * shorter:
-        raise TooLarge(f"it has {width:,} x {height:,} pixels; at most {MAX_PIXELS / 1e6:.0f} million, "
-                       f"{MIN_SIDE} to {MAX_SIDE:,} a side and {MAX_RATIO}:1 are read, scale it first")
+        raise TooLarge(
+            f"it has {width:,} x {height:,} pixels; at most {MAX_PIXELS / 1e6:.0f} million, "
+            f"{MIN_SIDE} to {MAX_SIDE:,} a side and {MAX_RATIO}:1 are read, scale it first"
+        )
 
 # %% ../../nbs/base/05_image_files.ipynb #bacf13aa
 def decoding_memory(
-    image: Image.Image, # opened, not decoded
-    size: int = 0, # of its file, in bytes
-) -> int: # bytes
+    image: Image.Image,  # opened, not decoded
+    size: int = 0,  # of its file, in bytes
+) -> int:  # bytes
     "The memory that decoding takes: the pixels, and what the decoder holds beside them."
     pixel = {"1": 1, "L": 1, "P": 1, "I;16": 2}.get(image.mode, 4)
-    if image.format == "WEBP": # two canvases, a copy, the image; the file twice
+    if image.format == "WEBP":  # two canvases, a copy, the image; the file twice
         return 16 * image.width * image.height + 2 * size
-    if image.format in ("JPEG", "MPO") and _has_scans(image): # all coefficients are held until the last scan
+    if image.format in ("JPEG", "MPO") and _has_scans(image):  # all coefficients are held until the last scan
         pixel += 2 * image.layers
     return pixel * image.width * image.height
 
@@ -105,29 +122,29 @@ def _has_scans(image: Image.Image) -> bool:
     size, at = 6 + 2 * image.layers, image.fp.tell()
     image.fp.seek(at - size - 2)
     first = image.fp.read(5)
-    image.fp.seek(at)          # where Pillow left the file, and where a second call begins
+    image.fp.seek(at)  # where Pillow left the file, and where a second call begins
     only = b"\xff\xda" + size.to_bytes(2, "big") + bytes([image.layers])
     return bool(image.info.get("progressive")) or first != only
 
 # %% ../../nbs/base/05_image_files.ipynb #5a1c3e02
-MAX_SCANS, MAX_SCANNED = 100, 1_000_000_000       # scans of a JPEG; pixels of all its scans together
-_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")       # in a scan's data: what ends it
+MAX_SCANS, MAX_SCANNED = 100, 1_000_000_000  # scans of a JPEG; pixels of all its scans together
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # in a scan's data: what ends it
 
 
 def count_scans(
-    data: bytes, # of a JPEG, from its first scan's marker on
+    data: bytes,  # of a JPEG, from its first scan's marker on
     most: int = MAX_SCANS,
-) -> int: # up to `most` + 1
+) -> int:  # up to `most` + 1
     "How many scans a JPEG has."
     found, at = 0, 0
     while found <= most and (marker := _MARKER.search(data, at)) and marker[0] != b"\xff\xd9":
         found += marker[0] == b"\xff\xda"
-        at = marker.end() + int.from_bytes(data[marker.end():marker.end() + 2], "big")
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     return found
 
 
 def check_scans(
-    image: Image.Image, # a JPEG, opened and not decoded
+    image: Image.Image,  # a JPEG, opened and not decoded
 ) -> None:
     "Refuse a JPEG with so many scans that decoding it would take minutes."
     if not _has_scans(image):
@@ -138,16 +155,20 @@ def check_scans(
     image.fp.seek(at)
     if found > MAX_SCANS or found * image.width * image.height > MAX_SCANNED:
         more = "more than " * (found > MAX_SCANS)
-        raise TooLarge(f"it has {more}{min(found, MAX_SCANS)} scans of {image.width:,} x {image.height:,} pixels "
-                       "and would take too long; save it anew")
+        raise TooLarge(
+            f"it has {more}{min(found, MAX_SCANS)} scans of {image.width:,} x {image.height:,} pixels "
+            "and would take too long; save it anew"
+        )
 
 # %% ../../nbs/base/05_image_files.ipynb #5a1c3e04
-MAX_READS, MAX_SECONDS = 500_000, 20       # pieces of one file; CPU seconds of a thread, for opening and decoding
+MAX_READS, MAX_SECONDS = 500_000, 20  # pieces of one file; CPU seconds of a thread, for opening and decoding
 
 
 class Bounded:
     "An image's file with a limited number of reads and seconds."
-    def __init__(self,
+
+    def __init__(
+        self,
         file: BinaryIO,
         reads: int = MAX_READS,
         seconds: float = MAX_SECONDS,
@@ -168,11 +189,11 @@ class Bounded:
         return getattr(self.file, name)
 
 # %% ../../nbs/base/05_image_files.ipynb #5a1c3e06
-MAX_EXIF = 200_000       # bytes
+MAX_EXIF = 200_000  # bytes
 
 
 def check_exif(
-    file: BinaryIO, # a JPEG, at its start; left at its start
+    file: BinaryIO,  # a JPEG, at its start; left at its start
 ) -> None:
     "Refuse a JPEG whose EXIF block would take minutes to read."
     at, size = 2, 0
@@ -181,9 +202,9 @@ def check_exif(
         head = file.read(10)
         if len(head) < 4 or head[:2] == b"\xff\xda":
             break
-        segment = head[0] == 0xff and not (head[1] in (0, 1, 0xff) or 0xd0 <= head[1] <= 0xd9)   # Pillow skips others
+        segment = head[0] == 0xFF and not (head[1] in (0, 1, 0xFF) or 0xD0 <= head[1] <= 0xD9)  # Pillow skips others
         length = int.from_bytes(head[2:4], "big") * segment
-        size += length * (head[1] == 0xe1 and head[4:] == b"Exif\0\0")
+        size += length * (head[1] == 0xE1 and head[4:] == b"Exif\0\0")
         at += 2 + length if segment else 1
     file.seek(0)
     if size > MAX_EXIF:
@@ -192,8 +213,8 @@ def check_exif(
 # %% ../../nbs/base/05_image_files.ipynb #f26d4be1
 @contextmanager
 def open_image(
-    file: str | Path | BinaryIO, # closed afterwards
-) -> Iterator[Image.Image]: # decoded when its pixels are asked for
+    file: str | Path | BinaryIO,  # closed afterwards
+) -> Iterator[Image.Image]:  # decoded when its pixels are asked for
     "Open an image, or say in one line why not (`Refused`), also when decoding it fails later."
     try:
         with _regular(file) if isinstance(file, str | Path) else file as opened:
@@ -209,9 +230,9 @@ def open_image(
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
         raise TooLarge(f"it has far more pixels than the {MAX_PIXELS / 1e6:.0f} million that are read ({e})") from None
-    except Exception as e:      # Pillow's openers and decoders raise a dozen kinds
+    except Exception as e:  # Pillow's openers and decoders raise a dozen kinds
         if getattr(e, "errno", None):
-            raise        # of the file system, not of the image
+            raise  # of the file system, not of the image
         reason = f"{type(e).__name__}: {one_line(e, 200)}"
         raise Refused(f"it is damaged, or not what it seems ({reason})") from None
 
@@ -223,7 +244,7 @@ def _regular(path: str | Path) -> BinaryIO:
     return open(path, "rb")
 
 
-def _checked_content(opened: BinaryIO) -> tuple[str, int]: # format, bytes
+def _checked_content(opened: BinaryIO) -> tuple[str, int]:  # format, bytes
     size, _ = opened.seek(0, os.SEEK_END), opened.seek(0)
     kind = sniff(opened.read(512))
     if kind not in FORMATS:
@@ -239,8 +260,10 @@ def _check_header(image: Image.Image, kind: str, size: int) -> None:
     if image.format in ("JPEG", "MPO"):
         check_scans(image)
     if (need := decoding_memory(image, size)) > MAX_MEMORY:
-        raise TooLarge(f"it has {image.width:,} x {image.height:,} pixels, whose decoding as {kind} would take "
-                       f"{need / 1e6:,.0f} MB; at most {MAX_MEMORY / 1e6:.0f} are taken, scale it down first")
+        raise TooLarge(
+            f"it has {image.width:,} x {image.height:,} pixels, whose decoding as {kind} would take "
+            f"{need / 1e6:,.0f} MB; at most {MAX_MEMORY / 1e6:.0f} are taken, scale it down first"
+        )
 
 
 def _filter_warnings() -> None:
@@ -255,25 +278,32 @@ def _filter_warnings() -> None:
 # %% ../../nbs/base/05_image_files.ipynb #351c776d
 def to_rgb(
     image: Image.Image,
-) -> Image.Image: # RGB
-    "The reference's `convert(\"RGB\")`, but 16-bit grey keeps its range."
+) -> Image.Image:  # RGB
+    'The reference\'s `convert("RGB")`, but 16-bit grey keeps its range.'
     if image.mode in ("I", "F"):
         raise Refused(f"its pixels are numbers of 32 bits (mode {image.mode}) of no known range; save it with 8 bits")
     if image.mode.startswith("I;16"):
         image = image.point(lambda v: v * (1 / 256)).convert("L")
-    image.info.pop("transparency", None)        # dropped, as in the reference; Pillow would warn for every image
+    image.info.pop("transparency", None)  # dropped, as in the reference; Pillow would warn for every image
     return image.convert("RGB")
 
 # %% ../../nbs/base/05_image_files.ipynb #9a2f6f75
 _Turn = Image.Transpose
-_TURNS = {2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE,
-          6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90}       # what undoes an EXIF orientation
+_TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}  # what undoes an EXIF orientation
 _SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP"}
 
 
 def turn_of(
-    image: Image.Image, # opened
-) -> int | None: # for `Image.transpose`
+    image: Image.Image,  # opened
+) -> int | None:  # for `Image.transpose`
     "The transposition that undoes the EXIF orientation."
     size = len(image.info.get("exif", b""))
     if size > MAX_EXIF:
@@ -281,26 +311,26 @@ def turn_of(
     return _TURNS.get(image.getexif().get(0x0112))
 
 
-def _orientation(image: Image.Image) -> tuple[bool, bool]: # EXIF says to turn it; EXIF is damaged
+def _orientation(image: Image.Image) -> tuple[bool, bool]:  # EXIF says to turn it; EXIF is damaged
     with warnings.catch_warnings(record=True) as warned:
         warnings.filterwarnings("always", module=r"PIL\.")
         turn = turn_of(image)
     return turn is not None, bool(warned)
 
 
-def _frames_and_turn(image: Image.Image) -> tuple[bool, bool, bool]: # animated, to be turned, damaged
+def _frames_and_turn(image: Image.Image) -> tuple[bool, bool, bool]:  # animated, to be turned, damaged
     try:
         animated = getattr(image, "is_animated", False)
         if image.format == "PNG":
-            return animated, False, False        # a PNG would be decoded for its EXIF
+            return animated, False, False  # a PNG would be decoded for its EXIF
         return animated, *_orientation(image)
     except Exception:
-        return False, False, True       # a run never looks there
+        return False, False, True  # a run never looks there
 
 # %% ../../nbs/base/05_image_files.ipynb #9c8aca28
 def oddities(
-    image: Image.Image, # opened
-    name: str = "", # of its file
+    image: Image.Image,  # opened
+    name: str = "",  # of its file
 ) -> list[str]:
     "What is unusual about an image that is accepted all the same."
     kind, named = "JPEG" if image.format == "MPO" else image.format, _SUFFIXES.get(Path(name).suffix.lower())
@@ -319,16 +349,16 @@ def oddities(
     return [what for what, holds in found.items() if holds]
 
 # %% ../../nbs/base/05_image_files.ipynb #3331657c
-WHOLE, BAND = 1 << 23, 1 << 20       # pixels up to which an image is scaled in one piece; of a band of a larger one
+WHOLE, BAND = 1 << 23, 1 << 20  # pixels up to which an image is scaled in one piece; of a band of a larger one
 
 
 def scale(
-    image: Image.Image, # of any mode
-    size: tuple[int, int], # width and height to scale to
+    image: Image.Image,  # of any mode
+    size: tuple[int, int],  # width and height to scale to
     resample: int = Image.Resampling.BICUBIC,
-    background: tuple[int, int, int] | None = None, # pad to a square of this colour first
+    background: tuple[int, int, int] | None = None,  # pad to a square of this colour first
     whole: int = WHOLE,
-) -> Image.Image: # RGB
+) -> Image.Image:  # RGB
     "Convert, pad and scale an image."
     width, height = (max(image.size),) * 2 if background else image.size
     left, top = (width - image.width) // 2, (height - image.height) // 2

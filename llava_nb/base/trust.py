@@ -39,7 +39,7 @@ def _root(folder: Path) -> Path:
 
 def check_file(
     path: Path,
-    root: Path, # resolved; the file must be inside
+    root: Path,  # resolved; the file must be inside
 ) -> None:
     "Refuse what is not a regular file inside the folder."
     real = path.resolve()
@@ -50,24 +50,36 @@ def check_file(
 
 # %% ../../nbs/base/03_trust.ipynb #1327f915
 REFUSED = {
-    "auto_map": "code of its own", "custom_pipelines": "code of its own",
+    "auto_map": "code of its own",
+    "custom_pipelines": "code of its own",
     "trust_remote_code": "trust that only you can give",
     "quantization_config": "quantised weights, which are not trained here",
     "_attn_implementation_internal": "an attention from outside",
     "_experts_implementation_internal": "a kernel from outside",
-    "use_kernels": "kernels from outside", "kernel_config": "kernels from outside",
-    "transformers_weights": "another file of weights", "configuration_files": "another configuration",
+    "use_kernels": "kernels from outside",
+    "kernel_config": "kernels from outside",
+    "transformers_weights": "another file of weights",
+    "configuration_files": "another configuration",
     "fast_tokenizer_files": "another tokenizer",
 }
-NAMES = {      # values are plain words of transformers' own; "owner/name" would be downloaded
-    "_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation",
-    "tokenizer_class", "processor_class", "image_processor_type", "image_processor_class", "feature_extractor_type",
-    "video_processor_type", "architectures", "model_type",
+NAMES = {  # values are plain words of transformers' own; "owner/name" would be downloaded
+    "_attn_implementation",
+    "attn_implementation",
+    "_experts_implementation",
+    "experts_implementation",
+    "tokenizer_class",
+    "processor_class",
+    "image_processor_type",
+    "image_processor_class",
+    "feature_extractor_type",
+    "video_processor_type",
+    "architectures",
+    "model_type",
 }
 CONFIGS = ("*config*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
-LARGEST = 64 << 20      # bytes of a configuration
+LARGEST = 64 << 20  # bytes of a configuration
 
-
+# %% ../../nbs/base/03_trust.ipynb #20139225
 def _read(path: Path) -> Any:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -78,13 +90,15 @@ def _read(path: Path) -> Any:
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:
         half = shown(e.object[e.start])
-        raise ValueError(f"{path}: {half} is half of a character (a surrogate), which no file can keep; "
-                         "correct it, or fetch it again") from None
+        raise ValueError(
+            f"{path}: {half} is half of a character (a surrogate), which no file can keep; "
+            "correct it, or fetch it again"
+        ) from None
     return found
 
 # %% ../../nbs/base/03_trust.ipynb #9ed34f53
 def check_config(
-    path: Path, # a JSON file
+    path: Path,  # a JSON file
 ) -> None:
     "Refuse a configuration that names code, or other files in place of this folder's."
     if path.stat().st_size > LARGEST:
@@ -93,16 +107,20 @@ def check_config(
     while todo:
         under, value = todo.pop()
         if isinstance(value, str) and under and not re.fullmatch(r"[\w-]*", value):
-            raise ValueError(f"{path}: {under} {shown(value)} is no name that transformers has of its own; "
-                             "it could be fetched and run. Take the key out, or use another model")
+            raise ValueError(
+                f"{path}: {under} {shown(value)} is no name that transformers has of its own; "
+                "it could be fetched and run. Take the key out, or use another model"
+            )
         for key, inner in _children(value):
             if key in REFUSED and inner is not None and inner is not False:
-                raise ValueError(f"{path}: {shown(key)} names {REFUSED[key]}, and is not followed; "
-                                 "take the key out if the model does without, or use another model")
+                raise ValueError(
+                    f"{path}: {shown(key)} names {REFUSED[key]}, and is not followed; "
+                    "take the key out if the model does without, or use another model"
+                )
             todo.append((key if key in NAMES else under, inner))
 
 
-def _children(value: Any) -> Iterator[tuple[Any, Any]]: # key or index, value
+def _children(value: Any) -> Iterator[tuple[Any, Any]]:  # key or index, value
     "The values of an object or a list."
     if isinstance(value, dict):
         yield from value.items()
@@ -112,7 +130,7 @@ def _children(value: Any) -> Iterator[tuple[Any, Any]]: # key or index, value
 # %% ../../nbs/base/03_trust.ipynb #27cd2922
 @contextlib.contextmanager
 def open_weights(
-    file: str | Path, # *.safetensors
+    file: str | Path,  # *.safetensors
 ) -> Iterator[safe_open]:
     "Open a file of weights; a damaged one raises an error with its name."
     try:
@@ -127,15 +145,15 @@ def open_weights(
 
 
 def shapes_of(
-    file: str | Path, # *.safetensors
-) -> dict[str, list[int]]: # by tensor
+    file: str | Path,  # *.safetensors
+) -> dict[str, list[int]]:  # by tensor
     "The shapes that a file of weights declares; no weight is read."
     with open_weights(file) as f:
         return {name: f.get_slice(name).get_shape() for name in f.keys()}
 
 
 def check_index(
-    path: Path, # *.index.json of sharded weights
+    path: Path,  # *.index.json of sharded weights
 ) -> None:
     "Refuse an index whose shards are not files beside it."
     try:
@@ -151,13 +169,18 @@ def check_index(
 # %% ../../nbs/base/03_trust.ipynb #18a1bc69
 # Classes of the original LLaVA and its relatives
 ORIGINAL = re.compile(r"Llava\w*(Llama|Mpt|Mistral|Mixtral|Qwen|Gemma)\w*ForCausalLM")
-ONE_FILE = {".gguf": "weights for llama.cpp, quantised mostly", ".safetensors": "one file of a model",
-            ".zip": "an archive", ".tar": "an archive", ".gz": "an archive"}
+ONE_FILE = {
+    ".gguf": "weights for llama.cpp, quantised mostly",
+    ".safetensors": "one file of a model",
+    ".zip": "an archive",
+    ".tar": "an archive",
+    ".gz": "an archive",
+}
 
 
 def unfit(
-    path: Path, # that exists
-) -> str: # "" where nothing speaks against it
+    path: Path,  # that exists
+) -> str:  # "" where nothing speaks against it
     "The reason why a path is no model folder, and the path to give instead."
     if path.is_file():
         return _unfit_file(path)
@@ -169,8 +192,10 @@ def unfit(
     if any(n.startswith("models--") for n in names):
         return _cache(path, names)
     if any(n.endswith(".gguf") for n in names) and not any(n.endswith(".safetensors") for n in names):
-        return (f"{path}: holds weights for llama.cpp (GGUF), quantised mostly, which are not trained here; "
-                "give the model's own folder, in safetensors")
+        return (
+            f"{path}: holds weights for llama.cpp (GGUF), quantised mostly, which are not trained here; "
+            "give the model's own folder, in safetensors"
+        )
     config = _config(path)
     if isinstance(config.get("quantization_config"), dict) or names & {"quantize_config.json", "quant_config.json"}:
         return _quantised(path, config, names)
@@ -208,8 +233,10 @@ def _adapter(path: Path) -> str:
     except (OSError, ValueError, RecursionError):
         found = None
     base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
-    return (f"{path}: holds an adapter (LoRA) of {shown(base) if base else 'some base model'}, not a whole model; "
-            "merge the two (peft's merge_and_unload), and give the folder that this is saved to")
+    return (
+        f"{path}: holds an adapter (LoRA) of {shown(base) if base else 'some base model'}, not a whole model; "
+        "merge the two (peft's merge_and_unload), and give the folder that this is saved to"
+    )
 
 
 def _cache(path: Path, names: set[str]) -> str:
@@ -230,8 +257,10 @@ def _quantised(path: Path, config: dict, names: set[str]) -> str:
     guess = next((method for file, method in by_file.items() if file in names), "an unknown method")
     method = quantised.get("quant_method") or guess
     other = "quantize_config.json" if method == "gptq" else "quant_config.json"
-    return (f"{path / ('config.json' if quantised else other)}: the weights are quantised ({shown(method)}; "
-            "quantization_config), which is not trained here; give the model that it was made from")
+    return (
+        f"{path / ('config.json' if quantised else other)}: the weights are quantised ({shown(method)}; "
+        "quantization_config), which is not trained here; give the model that it was made from"
+    )
 
 
 def _original(path: Path, config: dict, names: set[str]) -> str:
@@ -239,19 +268,40 @@ def _original(path: Path, config: dict, names: set[str]) -> str:
     start = f"{path}: is in the original LLaVA's own format ({shown(kind)}), which transformers does not read; "
     whole = any(re.match(r"(pytorch_)?model.*\.(bin|safetensors)", n) for n in names)
     if "mm_projector.bin" in names and not whole:
-        return start + (f"it holds a projector: `llava_nb convert {path / 'mm_projector.bin'} FOLDER` makes a "
-                        "--projector of it, beside --language_model and --vision_tower")
-    return start + ("give the llava-hf folder of the same model (llava-hf/llava-1.5-7b-hf, say), or make one with "
-                     "transformers' convert_llava_weights_to_hf.py")
+        return start + (
+            f"it holds a projector: `llava_nb convert {path / 'mm_projector.bin'} FOLDER` makes a "
+            "--projector of it, beside --language_model and --vision_tower"
+        )
+    return start + (
+        "give the llava-hf folder of the same model (llava-hf/llava-1.5-7b-hf, say), or make one with "
+        "transformers' convert_llava_weights_to_hf.py"
+    )
 
 # %% ../../nbs/base/03_trust.ipynb #3b7d9c02
 LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"}
-WIDTHS = {"hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-          "n_embd", "n_head", "n_inner", "d_model", "ffn_dim", "embed_dim", "num_channels", "num_experts",
-          "num_local_experts", "image_seq_length", "image_seq_len", "text_vocab_size"}
+WIDTHS = {
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_embd",
+    "n_head",
+    "n_inner",
+    "d_model",
+    "ffn_dim",
+    "embed_dim",
+    "num_channels",
+    "num_experts",
+    "num_local_experts",
+    "image_seq_length",
+    "image_seq_len",
+    "text_vocab_size",
+}
 SIDES = {"image_size", "patch_size", "shortest_edge", "height", "width", "crop_size", "size"}
 PIXELS = {"image_mean", "image_std", "rescale_factor"}
-MOST_LAYERS, MOST_WIDTH, MOST_SIDE = 1_000, 1 << 24, 1 << 14      # without weights
+MOST_LAYERS, MOST_WIDTH, MOST_SIDE = 1_000, 1 << 24, 1 << 14  # without weights
 
 
 def _dicts(value: Any, name: str = "") -> Iterator[tuple[str, dict]]:
@@ -265,16 +315,17 @@ def _dicts(value: Any, name: str = "") -> Iterator[tuple[str, dict]]:
 
 # %% ../../nbs/base/03_trust.ipynb #5762dc7d
 def check_sizes(
-    path: Path, # config.json
-    shapes: list[list[int]] | None = None, # of all tensors of the folder
+    path: Path,  # config.json
+    shapes: list[list[int]] | None = None,  # of all tensors of the folder
 ) -> None:
     "Refuse a configuration whose sizes no model has, or not these weights."
     found, widest = _read(path), max((side for shape in shapes or () for side in shape), default=MOST_WIDTH)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: a configuration is a JSON object, this is {shown(found)}; fetch it again")
     if not isinstance(found.get("llava_nb", {}), dict):
-        raise ValueError(f"{path}: llava_nb is {shown(found['llava_nb'])}, and not an object; "
-                         "take it out, or fetch it again")
+        raise ValueError(
+            f"{path}: llava_nb is {shown(found['llava_nb'])}, and not an object; take it out, or fetch it again"
+        )
     layers = dict.fromkeys(LAYERS, len(shapes) if shapes else MOST_LAYERS)
     most = layers | dict.fromkeys(WIDTHS, widest) | dict.fromkeys(SIDES, MOST_SIDE)
     for name, part in _dicts(found):
@@ -289,15 +340,18 @@ def check_sizes(
 def _check_size(name: str, value: Any, most: int) -> None:
     for size in value if isinstance(value, list) else [value]:
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most):
-            raise ValueError(f"{name} is {shown(size)}, and must be a whole number from 1 to {most:,} here; "
-                             "fetch it again, or use another model")
+            raise ValueError(
+                f"{name} is {shown(size)}, and must be a whole number from 1 to {most:,} here; "
+                "fetch it again, or use another model"
+            )
 
 
 def _check_dropouts(where: str, part: dict) -> None:
     for key in [k for k in part if str(k).endswith(("dropout", "_pdrop"))]:
         if not (isinstance(part[key], int | float | None) and 0 <= (part[key] or 0) <= 1):
-            raise ValueError(f"{where}{key} is {shown(part[key])}, and must be from 0 to 1; "
-                             "correct it, or use another model")
+            raise ValueError(
+                f"{where}{key} is {shown(part[key])}, and must be from 0 to 1; correct it, or use another model"
+            )
 
 # %% ../../nbs/base/03_trust.ipynb #0d8a26ab
 @cache
@@ -306,7 +360,7 @@ def _check_ids(path: Path, modified: float) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return        # its loader says what is wrong
+        return  # its loader says what is wrong
     model = found.get("model") if isinstance(found, dict) else None
     ids = list(model["vocab"].values()) if isinstance(model, dict) and isinstance(model.get("vocab"), dict) else []
     for value in ids:
@@ -314,7 +368,7 @@ def _check_ids(path: Path, modified: float) -> None:
 
 
 def check_processor(
-    path: Path, # preprocessor_config.json or processor_config.json
+    path: Path,  # preprocessor_config.json or processor_config.json
 ) -> None:
     "Refuse a processor whose scaled images would take gigabytes."
     for name, part in _dicts(_read(path)):
@@ -361,7 +415,7 @@ STAGE_1 = "holds the projector of stage 1 only; give it as --projector, beside -
 
 def check_folder(
     folder: Path,
-    weights: bool = False, # the weights will be read, too
+    weights: bool = False,  # the weights will be read, too
 ) -> None:
     "Refuse a model folder that could do more than be read."
     root, here = _root(folder), [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
@@ -392,12 +446,16 @@ def check_folder(
 # %% ../../nbs/base/03_trust.ipynb #a9b43282
 def _refuse_weights(folder: Path, pickles: list[str]) -> None:
     if pickles:
-        raise ValueError(f"{folder}: its weights are pickles ({', '.join(pickles[:3])}), which can run code, "
-                         f"and are not read; `llava_nb convert {folder} NEW_FOLDER` makes safetensors of them")
+        raise ValueError(
+            f"{folder}: its weights are pickles ({', '.join(pickles[:3])}), which can run code, "
+            f"and are not read; `llava_nb convert {folder} NEW_FOLDER` makes safetensors of them"
+        )
     if (folder / "projector.safetensors").is_file():
         raise FileNotFoundError(f"{folder}: {STAGE_1}")
-    raise FileNotFoundError(f"{folder}: holds no model*.safetensors; where the hub has only pickles, "
-                            "`llava_nb convert OWNER/NAME NEW_FOLDER` fetches and converts them")
+    raise FileNotFoundError(
+        f"{folder}: holds no model*.safetensors; where the hub has only pickles, "
+        "`llava_nb convert OWNER/NAME NEW_FOLDER` fetches and converts them"
+    )
 
 
 def _instead(folder: Path) -> str:
@@ -406,8 +464,9 @@ def _instead(folder: Path) -> str:
     if inside:
         return f"holds no config.json; found models in {', '.join(map(str, inside[:3]))}: give one of them"
     if any(folder.glob("consolidated*.pth")):
-        return ("holds no config.json; it is in Llama's original format; "
-                "give the same model from the hub, in safetensors")
+        return (
+            "holds no config.json; it is in Llama's original format; give the same model from the hub, in safetensors"
+        )
     if (folder / "projector.safetensors").is_file():
         return STAGE_1
     return "holds no config.json; give a folder that save_pretrained wrote, or an output folder of stage 2"
@@ -418,7 +477,7 @@ FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 
 
 @cache
-def _newest(name: str, local_files_only: bool) -> str: # a revision
+def _newest(name: str, local_files_only: bool) -> str:  # a revision
     found = Path(snapshot_download(name, allow_patterns="config.json", local_files_only=local_files_only)).name
     if os.environ.get("RANK", "0") == "0":
         say(f"note: {name} is used as of revision {found}; {name}@{found} stays with it", error=True)
@@ -426,28 +485,30 @@ def _newest(name: str, local_files_only: bool) -> str: # a revision
 
 
 def fetched(
-    name: str, # owner/name or owner/name@REVISION
-    patterns: list[str], # of files
+    name: str,  # owner/name or owner/name@REVISION
+    patterns: list[str],  # of files
     local_files_only: bool = False,
-) -> Path: # in the hub's cache
+) -> Path:  # in the hub's cache
     "A repository of the hub, as of one revision."
     repository, revision = HUB.fullmatch(name).groups()
     if revision and not re.fullmatch("[0-9a-f]{40}", revision):
         raise ValueError(f"{name}: a revision is 40 hexadecimal digits, a branch or a tag may move")
-    here = local_files_only or is_offline_mode()      # huggingface_hub 1.31 asks for the list of files, offline as well
+    here = local_files_only or is_offline_mode()  # huggingface_hub 1.31 asks for the list of files, offline as well
     try:
         revision = revision or _newest(repository, here)
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=here))
     except (OSError, ValueError):
-        raise FileNotFoundError(f"{name}: its config.json is neither in a folder of this name nor in the hub's cache, "
-                                "and the hub did not answer; give a folder") from None
+        raise FileNotFoundError(
+            f"{name}: its config.json is neither in a folder of this name nor in the hub's cache, "
+            "and the hub did not answer; give a folder"
+        ) from None
 
 # %% ../../nbs/base/03_trust.ipynb #3b7d9c05
 @contextlib.contextmanager
 def explained(
-    source: str | Path, # folder or hub id
-    what: str, # "a tokenizer"
-    but: tuple[type[Exception], ...] = (), # kinds that pass unchanged
+    source: str | Path,  # folder or hub id
+    what: str,  # "a tokenizer"
+    but: tuple[type[Exception], ...] = (),  # kinds that pass unchanged
 ) -> Iterator[None]:
     "Turn any error that a library raises over a model folder into one line; the cause stays with it."
     try:
@@ -455,14 +516,16 @@ def explained(
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, *but):
         raise
     except BaseException as e:
-        bug = isinstance(e, NameError) or isinstance(getattr(e, "obj", None), ModuleType)      # in code
+        bug = isinstance(e, NameError) or isinstance(getattr(e, "obj", None), ModuleType)  # in code
         about_it = isinstance(e, ValueError | OSError) and str(source) in str(e)
         if bug or about_it or getattr(e, "errno", None) or type(e).__name__ == "OutOfMemoryError":
             raise
-        raise ValueError(f"{source}: transformers cannot make {what} of it ({type(e).__name__}: {one_line(e, 300)}); "
-                         "fetch it again, or use another model") from e
+        raise ValueError(
+            f"{source}: transformers cannot make {what} of it ({type(e).__name__}: {one_line(e, 300)}); "
+            "fetch it again, or use another model"
+        ) from e
 
-
+# %% ../../nbs/base/03_trust.ipynb #91bec346
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
     "Hold back the stderr of native code and write it afterwards; where the block fails, its error is enough."
@@ -484,10 +547,10 @@ def _held_back() -> Iterator[None]:
 
 # %% ../../nbs/base/03_trust.ipynb #1fa8dabf
 def local(
-    source: str | Path, # folder or hub id
-    weights: bool = False, # the weights will be read, too
+    source: str | Path,  # folder or hub id
+    weights: bool = False,  # the weights will be read, too
     local_files_only: bool = False,
-) -> Path: # a folder that passed the checks
+) -> Path:  # a folder that passed the checks
     "A checked folder; for a hub id, the folder in the cache."
     folder = Path(source).expanduser()
     if not folder.exists() and HUB.fullmatch(str(source)):
@@ -501,14 +564,14 @@ def local(
 
 
 def load(
-    kind: type, # AutoConfig, AutoTokenizer, a model's class, ...
-    source: str | Path, # folder or hub id
-    weights: bool = False, # `kind` is a model
+    kind: type,  # AutoConfig, AutoTokenizer, a model's class, ...
+    source: str | Path,  # folder or hub id
+    weights: bool = False,  # `kind` is a model
     local_files_only: bool = False,
-    **settings, # for `from_pretrained`
+    **settings,  # for `from_pretrained`
 ):
     "`kind.from_pretrained` of a folder that passed the checks."
-    if "gguf_file" in settings: # numbers and text, like safetensors
+    if "gguf_file" in settings:  # numbers and text, like safetensors
         check_file(Path(source) / settings["gguf_file"], Path(source).resolve())
     else:
         source = local(source, weights, local_files_only)
@@ -519,13 +582,18 @@ def load(
         return kind.from_pretrained(str(source), trust_remote_code=False, **settings)
 
 # %% ../../nbs/base/03_trust.ipynb #582af201
-FLOORS = {"torch": "2.11", "transformers": "5.19", "safetensors": "0.8", "pillow": "12.3"}      # as settings.ini
+FLOORS = {"torch": "2.11", "transformers": "5.19", "safetensors": "0.8", "pillow": "12.3"}  # as settings.ini
 
 
 def check_versions() -> None:
     "Refuse libraries with known holes."
-    old = [f"{name} {version(name)}, at least {floor}" for name, floor in FLOORS.items()
-           if Version(version(name)) < Version(floor)]
+    old = [
+        f"{name} {version(name)}, at least {floor}"
+        for name, floor in FLOORS.items()
+        if Version(version(name)) < Version(floor)
+    ]
     if old:
-        raise ValueError(f"installed are libraries with known holes: {'; '.join(old)}; "
-                         f"update them: pip install -U {' '.join(FLOORS)}")
+        raise ValueError(
+            f"installed are libraries with known holes: {'; '.join(old)}; "
+            f"update them: pip install -U {' '.join(FLOORS)}"
+        )

@@ -12,45 +12,59 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..base.terminal import Parser, one_line, say, take_over
+from ..base.terminal import Parser, one_line, say, escape_library_output
 from .report import chat, evaluate
 from .runner import Demo, TrainingEnded, prepare, train
 from ..run import evals
 
 # %% ../../nbs/demo/05_main.ipynb #8e0fbbc3
-FAST = dict(minutes=1.0, least_steps=4, things=20, share=0.05)      # `--fast`
+FAST = dict(minutes=1.0, least_steps=4, things=20, share=0.05)  # `--fast`
+
 
 def arguments(
-    argv: Sequence[str] | None, # None: the program's own
+    argv: Sequence[str] | None,  # None: the program's own
 ) -> argparse.Namespace:
     "The command line."
-    p = Parser(prog="python -m llava_nb.demo",
-               description="Train LLaVA on drawings in a budget of minutes, evaluate it, chat with it.")
+    p = Parser(
+        prog="python -m llava_nb.demo",
+        description="Train LLaVA on drawings in a budget of minutes, evaluate it, chat with it.",
+    )
     p.add_argument("--out", default="runs/demo", help="folder for everything that the run writes")
-    p.add_argument("--minutes", type=float, default=20,
-                   help="for everything, on a quiet machine; a slow one takes longer and says so")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        default=20,
+        help="for everything, on a quiet machine; a slow one takes longer and says so",
+    )
     p.add_argument("--things", type=int, default=100, help="how many things to train on")
     p.add_argument("--fast", action="store_true", help="a smoke test: a few steps, few questions")
     return p.parse_args(argv)
 
+# %% ../../nbs/demo/05_main.ipynb #44b850b6
 def finish(
     demo: Demo,
-    steps: dict[int, int], # of each stage
+    steps: dict[int, int],  # of each stage
 ) -> None:
     "Evaluate, chat, and write the results."
     scores = evaluate(demo)
     turns, minutes = chat(demo), demo.elapsed()
     (demo.out / "table.txt").write_text(evals.as_text(scores) + "\n")
-    results = {"minutes": round(minutes, 1), "things": demo.things, "steps": steps,
-               "scores": [asdict(s) for s in scores], "chat": turns}
+    results = {
+        "minutes": round(minutes, 1),
+        "things": demo.things,
+        "steps": steps,
+        "scores": [asdict(s) for s in scores],
+        "chat": turns,
+    }
     (demo.out / "results.json").write_text(json.dumps(results, indent=1))
     say("\n" + evals.as_text(scores) + "\n\n" + "\n".join(f"> {q}\n{a}" for q, a in turns))
     files = ", ".join(str(demo.out / name) for name in ("samples.html", "accuracy.png", "loss.png"))
     demo.say(f"done. Look at {files}; to chat: llava_nb chat {demo.out / 'stage2'} --image IMAGE")
 
+# %% ../../nbs/demo/05_main.ipynb #586a57b4
 def main(
     argv: Sequence[str] | None = None,
-) -> int: # exit code
+) -> int:  # exit code
     "Run the demonstration from the parts to the chat."
     args = arguments(argv)
     demo = Demo(Path(args.out), **(FAST if args.fast else dict(minutes=args.minutes, things=args.things)))
@@ -59,7 +73,8 @@ def main(
         say(f"{demo.out} holds a finished run; remove it to run again\n\n{table}")
         return 0
     prepare(demo)
-    try: steps = train(demo)
+    try:
+        steps = train(demo)
     except TrainingEnded as e:
         say(f"{one_line(e)}; the same command resumes it", error=True)
         return e.code
@@ -68,5 +83,5 @@ def main(
 
 # %% ../../nbs/demo/05_main.ipynb #b5e16531
 if __name__ == "__main__" and "__file__" in globals():
-    take_over()
+    escape_library_output()
     raise SystemExit(main())

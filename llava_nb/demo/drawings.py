@@ -23,94 +23,336 @@ from PIL import Image
 
 # %% ../../nbs/demo/01_drawings.ipynb #231b536a
 NOT_NOUNS = {
-    "rolling on the floor laughing", "star-struck", "dizzy", "dashing away", "ZZZ", "hundred points", "foggy", "camping",
-    "cooking", "pouring liquid", "construction", "locked", "unlocked", "locked with pen", "locked with key",
-    "hourglass done", "hourglass not done", "high voltage"}
+    "rolling on the floor laughing",
+    "star-struck",
+    "dizzy",
+    "dashing away",
+    "ZZZ",
+    "hundred points",
+    "foggy",
+    "camping",
+    "cooking",
+    "pouring liquid",
+    "construction",
+    "locked",
+    "unlocked",
+    "locked with pen",
+    "locked with key",
+    "hourglass done",
+    "hourglass not done",
+    "high voltage",
+}
+
+# %% ../../nbs/demo/01_drawings.ipynb #5425ca2e
 PLURAL = {
-    "admission tickets", "ballet shoes", "beans", "blueberries", "bookmark tabs", "books", "briefs", "bubbles",
-    "card index dividers", "chains", "cherries", "chopsticks", "clinking beer mugs", "clinking glasses", "control knobs",
-    "crossed swords", "film frames", "fireworks", "flower playing cards", "french fries", "glasses", "gloves", "goggles",
-    "grapes", "hot springs", "houses", "Japanese dolls", "jeans", "linked paperclips", "maracas", "musical notes",
-    "nesting dolls", "pancakes", "paw prints", "peanuts", "performing arts", "prayer beads", "revolving hearts", "scissors",
-    "shopping bags", "shorts", "skis", "socks", "sparkles", "sunglasses", "sweat droplets", "two hearts", "woman's clothes"}
+    "admission tickets",
+    "ballet shoes",
+    "beans",
+    "blueberries",
+    "bookmark tabs",
+    "books",
+    "briefs",
+    "bubbles",
+    "card index dividers",
+    "chains",
+    "cherries",
+    "chopsticks",
+    "clinking beer mugs",
+    "clinking glasses",
+    "control knobs",
+    "crossed swords",
+    "film frames",
+    "fireworks",
+    "flower playing cards",
+    "french fries",
+    "glasses",
+    "gloves",
+    "goggles",
+    "grapes",
+    "hot springs",
+    "houses",
+    "Japanese dolls",
+    "jeans",
+    "linked paperclips",
+    "maracas",
+    "musical notes",
+    "nesting dolls",
+    "pancakes",
+    "paw prints",
+    "peanuts",
+    "performing arts",
+    "prayer beads",
+    "revolving hearts",
+    "scissors",
+    "shopping bags",
+    "shorts",
+    "skis",
+    "socks",
+    "sparkles",
+    "sunglasses",
+    "sweat droplets",
+    "two hearts",
+    "woman's clothes",
+}
+
+# %% ../../nbs/demo/01_drawings.ipynb #4945aeb3
 UNCOUNTABLE = {
-    "bacon", "badminton", "baguette bread", "bowling", "bread", "broccoli", "bubble tea", "butter", "candy", "canned food",
-    "cooked rice", "coral", "curry rice", "custard", "dango", "DNA", "falafel", "field hockey", "fire", "flatbread", "fog",
-    "garlic", "ice", "ice cream", "ice hockey", "lacrosse", "luggage", "mate", "meat on bone", "money with wings", "oden",
-    "ping pong", "popcorn", "sake", "salt", "shaved ice", "soap", "soft ice cream", "spaghetti", "stuffed flatbread", "sushi",
-    "tennis", "thread", "wood", "yarn"}
-UNIQUE = {"kaaba": "the Kaaba", "milky way": "the Milky Way", "mount fuji": "Mount Fuji", "sun": "the sun",
-          "Statue of Liberty": "the Statue of Liberty", "Tokyo tower": "the Tokyo Tower"}
-CAPITALS = {"dna": "DNA", "dvd": "DVD"}      # where Unicode's list has lost them
-SOUNDS_LIKE_YOU = ("unicorn", "euro", "one-")      # written with a vowel, spoken with a consonant
+    "bacon",
+    "badminton",
+    "baguette bread",
+    "bowling",
+    "bread",
+    "broccoli",
+    "bubble tea",
+    "butter",
+    "candy",
+    "canned food",
+    "cooked rice",
+    "coral",
+    "curry rice",
+    "custard",
+    "dango",
+    "DNA",
+    "falafel",
+    "field hockey",
+    "fire",
+    "flatbread",
+    "fog",
+    "garlic",
+    "ice",
+    "ice cream",
+    "ice hockey",
+    "lacrosse",
+    "luggage",
+    "mate",
+    "meat on bone",
+    "money with wings",
+    "oden",
+    "ping pong",
+    "popcorn",
+    "sake",
+    "salt",
+    "shaved ice",
+    "soap",
+    "soft ice cream",
+    "spaghetti",
+    "stuffed flatbread",
+    "sushi",
+    "tennis",
+    "thread",
+    "wood",
+    "yarn",
+}
+
+# %% ../../nbs/demo/01_drawings.ipynb #5cf54f3a
+UNIQUE = {
+    "kaaba": "the Kaaba",
+    "milky way": "the Milky Way",
+    "mount fuji": "Mount Fuji",
+    "sun": "the sun",
+    "Statue of Liberty": "the Statue of Liberty",
+    "Tokyo tower": "the Tokyo Tower",
+}
+CAPITALS = {"dna": "DNA", "dvd": "DVD"}  # where Unicode's list has lost them
+SOUNDS_LIKE_YOU = ("unicorn", "euro", "one-")  # written with a vowel, spoken with a consonant
 SOUNDS_LIKE_A_VOWEL = ("x-ray",)
+
 
 def is_noun(name: str) -> bool:
     "Whether a name can stand in 'Is it ...?' as the name of a thing."
     return name not in NOT_NOUNS and not name.endswith(("o'clock", "-thirty"))
 
+
 def with_article(name: str) -> str:
     "The name as English says it: a tent, an eggplant, grapes, bread, the sun."
-    if name in UNIQUE: return UNIQUE[name]
-    if name in PLURAL or name in UNCOUNTABLE: return name
+    if name in UNIQUE:
+        return UNIQUE[name]
+    if name in PLURAL or name in UNCOUNTABLE:
+        return name
     vowel = name[0] in "aeiouAEIOU" and not name.startswith(SOUNDS_LIKE_YOU) or name.startswith(SOUNDS_LIKE_A_VOWEL)
     return f"{'an' if vowel else 'a'} {name}"
 
+# %% ../../nbs/demo/01_drawings.ipynb #e690d0cb
 def with_the(name: str) -> str:
     "The name of a thing that is in sight: the tent, the grapes, Mount Fuji."
     return UNIQUE.get(name, f"the {name}")
 
 # %% ../../nbs/demo/01_drawings.ipynb #0189cbdc
 CATEGORY_OF_SUBGROUP = {
-    **dict.fromkeys(("animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug"), "animal"),
+    **dict.fromkeys(
+        ("animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug"), "animal"
+    ),
     **dict.fromkeys(("plant-flower", "plant-other"), "plant"),
     **dict.fromkeys(("food-fruit", "food-vegetable", "food-prepared", "food-asian", "food-sweet"), "food"),
     **dict.fromkeys(("place-geographic", "place-building", "place-religious", "place-other"), "place"),
     **dict.fromkeys(("transport-ground", "transport-water", "transport-air"), "vehicle"),
-    **dict.fromkeys(("face-smiling", "face-affection", "face-tongue", "face-hand", "face-neutral-skeptical", "face-sleepy",
-                     "face-unwell", "face-hat", "face-glasses", "face-concerned", "face-negative"), "face"),
-    **dict.fromkeys(("dishware", "hotel", "time", "award-medal", "sport", "game", "arts-crafts", "clothing", "sound", "music",
-                     "musical-instrument", "phone", "computer", "light-video", "book-paper", "money", "mail", "writing",
-                     "office", "lock", "tool", "science", "medical", "household", "other-object", "event"), "object"),
-    "drink": "drink"}
+    **dict.fromkeys(
+        (
+            "face-smiling",
+            "face-affection",
+            "face-tongue",
+            "face-hand",
+            "face-neutral-skeptical",
+            "face-sleepy",
+            "face-unwell",
+            "face-hat",
+            "face-glasses",
+            "face-concerned",
+            "face-negative",
+        ),
+        "face",
+    ),
+    **dict.fromkeys(
+        (
+            "dishware",
+            "hotel",
+            "time",
+            "award-medal",
+            "sport",
+            "game",
+            "arts-crafts",
+            "clothing",
+            "sound",
+            "music",
+            "musical-instrument",
+            "phone",
+            "computer",
+            "light-video",
+            "book-paper",
+            "money",
+            "mail",
+            "writing",
+            "office",
+            "lock",
+            "tool",
+            "science",
+            "medical",
+            "household",
+            "other-object",
+            "event",
+        ),
+        "object",
+    ),
+    "drink": "drink",
+}
+
+# %% ../../nbs/demo/01_drawings.ipynb #63d4046d
 OTHER_CATEGORY = {
     "place": {"station", "bus stop", "motorway", "railway track"},
-    "object": {"teapot", "barber pole", "oil drum", "fuel pump", "wheel", "police car light", "horizontal traffic light",
-               "vertical traffic light", "stop sign", "anchor", "ring buoy", "seat", "closed umbrella", "umbrella",
-               "thermometer", "compass"},
-    "face": {"clown face"}}
-OPEN_CATEGORY = {
-    "skull", "skull and crossbones", "paw prints", "pig nose", "feather", "wing", "spider web", "microbe", "spiral shell",
-    "coral", "rosette", "empty nest", "nest with eggs", "mushroom", "bowl with spoon", "takeout box", "baby bottle",
-    "teacup without handle", "ice", "brick", "rock", "wood", "wedding", "building construction", "night with stars",
-    "sunrise over mountains", "sunrise", "sunset", "carousel horse", "playground slide", "skateboard", "roller skate",
-    "parachute", "satellite", "Christmas tree", "fireworks", "sparkles", "tanabata tree", "pine decoration",
-    "moon viewing ceremony", "tennis", "bowling", "cricket game", "field hockey", "ice hockey", "lacrosse", "ping pong",
-    "badminton", "spade suit", "heart suit", "diamond suit", "club suit", "performing arts", "musical note",
-    "musical notes", "DNA", "e-mail", "drop of blood", "bubbles", "money with wings", "flag in hole"}
+    "object": {
+        "teapot",
+        "barber pole",
+        "oil drum",
+        "fuel pump",
+        "wheel",
+        "police car light",
+        "horizontal traffic light",
+        "vertical traffic light",
+        "stop sign",
+        "anchor",
+        "ring buoy",
+        "seat",
+        "closed umbrella",
+        "umbrella",
+        "thermometer",
+        "compass",
+    },
+    "face": {"clown face"},
+}
 
+# %% ../../nbs/demo/01_drawings.ipynb #ded6d78f
+OPEN_CATEGORY = {
+    "skull",
+    "skull and crossbones",
+    "paw prints",
+    "pig nose",
+    "feather",
+    "wing",
+    "spider web",
+    "microbe",
+    "spiral shell",
+    "coral",
+    "rosette",
+    "empty nest",
+    "nest with eggs",
+    "mushroom",
+    "bowl with spoon",
+    "takeout box",
+    "baby bottle",
+    "teacup without handle",
+    "ice",
+    "brick",
+    "rock",
+    "wood",
+    "wedding",
+    "building construction",
+    "night with stars",
+    "sunrise over mountains",
+    "sunrise",
+    "sunset",
+    "carousel horse",
+    "playground slide",
+    "skateboard",
+    "roller skate",
+    "parachute",
+    "satellite",
+    "Christmas tree",
+    "fireworks",
+    "sparkles",
+    "tanabata tree",
+    "pine decoration",
+    "moon viewing ceremony",
+    "tennis",
+    "bowling",
+    "cricket game",
+    "field hockey",
+    "ice hockey",
+    "lacrosse",
+    "ping pong",
+    "badminton",
+    "spade suit",
+    "heart suit",
+    "diamond suit",
+    "club suit",
+    "performing arts",
+    "musical note",
+    "musical notes",
+    "DNA",
+    "e-mail",
+    "drop of blood",
+    "bubbles",
+    "money with wings",
+    "flag in hole",
+}
+
+# %% ../../nbs/demo/01_drawings.ipynb #03dacc66
 def category_of(
     name: str,
-    subgroup: str, # Unicode's
-) -> str | None: # None: a person would hesitate
+    subgroup: str,  # Unicode's
+) -> str | None:  # None: a person would hesitate
     "The answer to 'Which kind of thing is it?'"
-    if name in OPEN_CATEGORY: return None
+    if name in OPEN_CATEGORY:
+        return None
     other = (category for category, names in OTHER_CATEGORY.items() if name in names)
     return next(other, CATEGORY_OF_SUBGROUP.get(subgroup))
 
 # %% ../../nbs/demo/01_drawings.ipynb #f6efa1e5
 STYLES, UNSEEN_STYLE = ("noto", "twemoji", "openmoji"), "fluent"
 
+
 @dataclass(frozen=True)
 class Thing:
     "Something that is drawn in every style."
-    code: str            # of the drawing's file
-    name: str            # Unicode's, a noun
-    category: str | None # see `category_of`
-    subgroup: str        # Unicode's
+
+    code: str  # of the drawing's file
+    name: str  # Unicode's, a noun
+    category: str | None  # see `category_of`
+    subgroup: str  # Unicode's
+
 
 class Drawings:
     "The drawings, and what is known of each thing."
+
     def __init__(self):
         self.zip = zipfile.ZipFile(str(files("llava_nb") / "data" / "emoji.zip"))
 
@@ -120,33 +362,38 @@ class Drawings:
         found = []
         for e in json.loads(self.zip.read("emoji.json")):
             name = CAPITALS.get(e["name"], e["name"].replace("’", "'"))
-            if is_noun(name): found.append(Thing(e["code"], name, category_of(name, e["subgroup"]), e["subgroup"]))
+            if is_noun(name):
+                found.append(Thing(e["code"], name, category_of(name, e["subgroup"]), e["subgroup"]))
         return found
 
-    def image(self,
+    def image(
+        self,
         thing: Thing,
-        style: str, # one of `STYLES`, or `UNSEEN_STYLE`
-    ) -> Image.Image: # 128 x 128, RGB on white
+        style: str,  # one of `STYLES`, or `UNSEEN_STYLE`
+    ) -> Image.Image:  # 128 x 128, RGB on white
         "One drawing."
         return Image.open(BytesIO(self.zip.read(f"{style}/{thing.code}.webp"))).convert("RGB")
 
 # %% ../../nbs/demo/01_drawings.ipynb #3b390013
 def split_things(
     things: Sequence[Thing],
-    count: int, # things to train on
+    count: int,  # things to train on
     seed: int = 0,
-) -> tuple[list[Thing], list[Thing]]: # to train on, and held out in every style
+) -> tuple[list[Thing], list[Thing]]:  # to train on, and held out in every style
     "Hold out a tenth of all things at random; of the rest, take those with the shortest names."
     order = random.Random(seed).sample(list(things), len(things))
-    held_out, rest = order[:len(order) // 10], order[len(order) // 10:]
-    rest.sort(key=lambda t: len(t.name.split()))      # stable: the random order stays among equals
+    held_out, rest = order[: len(order) // 10], order[len(order) // 10 :]
+    rest.sort(key=lambda t: len(t.name.split()))  # stable: the random order stays among equals
     return rest[:count], held_out
 
 # %% ../../nbs/demo/01_drawings.ipynb #979478af
-SATURATED, BRIGHT = 60, 90      # least saturation and brightness of a pixel with a hue, of 255
-MAJORITY = 0.7                  # of the saturated pixels
+SATURATED, BRIGHT = 60, 90  # least saturation and brightness of a pixel with a hue, of 255
+MAJORITY = 0.7  # of the saturated pixels
 
-def _colour_names(hue: np.ndarray, s: np.ndarray, v: np.ndarray) -> np.ndarray: # [H, W] strings; "" between two colours
+
+def _colour_names(
+    hue: np.ndarray, s: np.ndarray, v: np.ndarray
+) -> np.ndarray:  # [H, W] strings; "" between two colours
     "The colour name of each pixel: hue in degrees, saturation and brightness up to 255."
     names = np.full(hue.shape, "", object)
     red = (hue < 10) | (hue >= 346)
@@ -160,14 +407,16 @@ def _colour_names(hue: np.ndarray, s: np.ndarray, v: np.ndarray) -> np.ndarray: 
     names[((hue >= 318) | (hue < 8)) & (s < 150) & (v >= 205)] = "pink"
     return names
 
+
 def colour_of(
-    image: Image.Image, # RGB on white
-) -> str | None: # None: no colour has a clear majority
+    image: Image.Image,  # RGB on white
+) -> str | None:  # None: no colour has a clear majority
     "The one colour of a drawing."
     hue, s, v = (np.asarray(channel, float) for channel in image.convert("HSV").split())
     drawn = np.asarray(image).min(-1) < 240
     saturated = drawn & (s >= SATURATED) & (v >= BRIGHT)
-    if not saturated.any() or saturated.sum() < drawn.sum() / 2: return None
+    if not saturated.any() or saturated.sum() < drawn.sum() / 2:
+        return None
     names, counts = np.unique(_colour_names(hue / 255 * 360, s, v)[saturated].astype(str), return_counts=True)
     most = counts.argmax()
     return (str(names[most]) or None) if counts[most] >= MAJORITY * saturated.sum() else None
@@ -175,9 +424,9 @@ def colour_of(
 # %% ../../nbs/demo/01_drawings.ipynb #72820f31
 def copies(
     image: Image.Image,
-    count: int, # 1 to 5
+    count: int,  # 1 to 5
     rng: random.Random,
-) -> Image.Image: # 224 x 224, RGB
+) -> Image.Image:  # 224 x 224, RGB
     "Copies of a drawing at free places."
     canvas = Image.new("RGB", (224, 224), "white")
     for cell in rng.sample(range(9), count):
@@ -186,11 +435,13 @@ def copies(
         canvas.paste(image.resize((size, size)), (x, y))
     return canvas
 
+
 def side_by_side(
     left: Image.Image,
     right: Image.Image,
-) -> Image.Image: # 224 x 224, RGB
+) -> Image.Image:  # 224 x 224, RGB
     "Two drawings, one on each side."
     canvas = Image.new("RGB", (224, 224), "white")
-    for k, image in enumerate((left, right)): canvas.paste(image.resize((108, 108)), (2 + 112 * k, 58))
+    for k, image in enumerate((left, right)):
+        canvas.paste(image.resize((108, 108)), (2 + 112 * k, 58))
     return canvas

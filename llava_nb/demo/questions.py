@@ -15,23 +15,42 @@ from pathlib import Path
 
 from PIL import Image
 
-from .drawings import (
-    PLURAL, STYLES, UNSEEN_STYLE, Drawings, Thing, colour_of, copies, side_by_side, split_things, with_article, with_the)
+from llava_nb.demo.drawings import (
+    PLURAL,
+    STYLES,
+    UNSEEN_STYLE,
+    Drawings,
+    Thing,
+    colour_of,
+    copies,
+    side_by_side,
+    split_things,
+    with_article,
+    with_the,
+)
 from ..run import evals
 
 # %% ../../nbs/demo/02_questions.ipynb #0b0ea0ac
 TYPES = ("name", "category", "colour", "yes/no", "count", "left/right")
 
+
 def question(
-    type: str, # one of `TYPES`
-    name: str = "", # of the thing that the question names
+    type: str,  # one of `TYPES`
+    name: str = "",  # of the thing that the question names
 ) -> str:
     "A question in English."
     plural = name in PLURAL
-    if type == "yes/no": return f"{'Are these' if plural else 'Is it'} {with_article(name)}?"
-    if type == "left/right": return f"{'Are' if plural else 'Is'} {with_the(name)} on the left or on the right?"
-    return {"name": "What is this?", "category": "Which kind of thing is it?", "colour": "Which colour is it?",
-            "count": "How many are there?"}[type]
+    if type == "yes/no":
+        return f"{'Are these' if plural else 'Is it'} {with_article(name)}?"
+    if type == "left/right":
+        return f"{'Are' if plural else 'Is'} {with_the(name)} on the left or on the right?"
+    return {
+        "name": "What is this?",
+        "category": "Which kind of thing is it?",
+        "colour": "Which colour is it?",
+        "count": "How many are there?",
+    }[type]
+
 
 def text_question(name: str) -> str:
     "The category question where no image shows the thing."
@@ -43,8 +62,10 @@ def exclude_each_other(one: Thing, other: Thing) -> bool:
     a, b = set(one.name.lower().split()), set(other.name.lower().split())
     return not (a <= b or b <= a)
 
+
 class Questioner:
     "Asks about things, with a random generator of its own."
+
     def __init__(self, drawings: Drawings, things: Sequence[Thing], seed: int):
         self.drawings, self.things, self.rng = drawings, list(things), random.Random(seed)
         self.with_category = [t for t in self.things if t.category]
@@ -52,7 +73,8 @@ class Questioner:
 
     def can_ask(self, type: str, thing: Thing, style: str) -> bool:
         "Whether the question has an answer."
-        if type == "category": return thing.category is not None
+        if type == "category":
+            return thing.category is not None
         return type != "colour" or self.colour(thing, style) is not None
 
     def other(self, thing: Thing) -> Thing:
@@ -60,49 +82,59 @@ class Questioner:
         others = [t for t in self.things if exclude_each_other(t, thing)]
         return self.rng.choice([t for t in others if t.subgroup == thing.subgroup] or others)
 
-    def ask(self, type: str, thing: Thing, style: str) -> tuple[str, str]: # question and answer
+    def ask(self, type: str, thing: Thing, style: str) -> tuple[str, str]:  # question and answer
         "A question about one drawing: a name, a category, a colour, or yes/no."
         if type == "yes/no":
             yes = self.rng.random() < 0.5
             return question(type, (thing if yes else self.other(thing)).name), f"{thing.name}, {'yes' if yes else 'no'}"
-        answers = {"name": lambda: thing.name, "category": lambda: thing.category, "colour": lambda: self.colour(thing, style)}
+        answers = {
+            "name": lambda: thing.name,
+            "category": lambda: thing.category,
+            "colour": lambda: self.colour(thing, style),
+        }
         return question(type), answers[type]()
 
 # %% ../../nbs/demo/02_questions.ipynb #e43ed796
 class ImageFolder:
     "The images of all records, written once each."
+
     def __init__(self, folder: Path, drawings: Drawings):
         self.folder, self.drawings = folder / "images", drawings
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def save(self, image: Image.Image, name: str) -> str: # the file's name
+    def save(self, image: Image.Image, name: str) -> str:  # the file's name
         "Write an image, unless it is there."
-        if not (self.folder / name).exists(): image.save(self.folder / name)
+        if not (self.folder / name).exists():
+            image.save(self.folder / name)
         return name
 
     def single(self, thing: Thing, style: str) -> str:
         "One drawing as it is."
         return self.save(self.drawings.image(thing, style), f"{style}-{thing.code}.png")
 
+
 def llava_record(
     id: str,
-    image: str | None, # file name, below the image folder
-    pairs: Sequence[tuple[str, str]], # questions and answers
-    **more, # further keys
+    image: str | None,  # file name, below the image folder
+    pairs: Sequence[tuple[str, str]],  # questions and answers
+    **more,  # further keys
 ) -> dict:
     "A record in LLaVA's format."
     turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
-    if image: turns[0]["value"] = "<image>\n" + turns[0]["value"]
+    if image:
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
     return {"id": id} | ({"image": image} if image else {}) | {"conversations": turns} | more
 
 # %% ../../nbs/demo/02_questions.ipynb #3a99542c
 MIXTURE = {"text": 1 / 16, "count": 0.0475, "left/right": 0.05, "unnamed": 0.12, "name": 0.32, "yes/no": 0.40}
 
+# %% ../../nbs/demo/02_questions.ipynb #715547fc
 class RecordWriter:
     "Writes records about things, and the images that they show."
+
     def __init__(self, images: ImageFolder, questioner: Questioner, unnamed: Sequence[Thing] = ()):
         self.images, self.questioner, self.rng = images, questioner, questioner.rng
-        self.unnamed = [t for t in unnamed if t.category]      # asked for category and colour only
+        self.unnamed = [t for t in unnamed if t.category]  # asked for category and colour only
 
     def caption(self, thing: Thing, style: str) -> dict:
         "A stage 1 record."
@@ -113,17 +145,25 @@ class RecordWriter:
     def conversation(self, id: str, thing: Thing, style: str) -> dict:
         "A stage 2 record: one drawing, composed ones, or none."
         form = self.rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-        if form == "text": return llava_record(id, None, self._text_only())
-        if form == "count": return self.counting(id, thing, style)
-        if form == "left/right": return self.sides(id, thing, style)
-        if form == "unnamed" and self.unnamed: thing, types = self.rng.choice(self.unnamed), ["category", "colour"]
-        elif form == "yes/no": types = ["yes/no", "yes/no", self.rng.choice(("category", "colour"))]
-        else: types = ["name", "category", "colour"]
+        if form == "text":
+            return llava_record(id, None, self._text_only())
+        if form == "count":
+            return self.counting(id, thing, style)
+        if form == "left/right":
+            return self.sides(id, thing, style)
+        if form == "unnamed" and self.unnamed:
+            thing, types = self.rng.choice(self.unnamed), ["category", "colour"]
+        elif form == "yes/no":
+            types = ["yes/no", "yes/no", self.rng.choice(("category", "colour"))]
+        else:
+            types = ["name", "category", "colour"]
         return self.about(id, thing, style, types)
 
     def about(self, id: str, thing: Thing, style: str, types: Sequence[str], **more) -> dict:
         "One drawing, and those questions of `types` that have an answer."
-        pairs = [self.questioner.ask(type, thing, style) for type in types if self.questioner.can_ask(type, thing, style)]
+        pairs = [
+            self.questioner.ask(type, thing, style) for type in types if self.questioner.can_ask(type, thing, style)
+        ]
         return llava_record(id, self.images.single(thing, style), pairs, **more)
 
     def _text_only(self) -> list[tuple[str, str]]:
@@ -146,19 +186,22 @@ class RecordWriter:
     def held_out(self, id: str, type: str, thing: Thing, style: str, split: str) -> dict:
         "One question of a held-out set."
         more = {"type": type, "split": split}
-        if type == "count": return self.counting(id, thing, style, **more)
-        if type == "left/right": return self.sides(id, thing, style, turns=1, **more)
+        if type == "count":
+            return self.counting(id, thing, style, **more)
+        if type == "left/right":
+            return self.sides(id, thing, style, turns=1, **more)
         return self.about(id, thing, style, [type], **more)
 
 # %% ../../nbs/demo/02_questions.ipynb #26b64752
 UNSEEN_STYLE_TYPES = {"name": 80, "yes/no": 60, "category": 32, "colour": 32, "count": 24, "left/right": 24}
 UNSEEN_THING_TYPES = {"category": 64, "colour": 24, "count": 24}
 
+
 def _held_out(
     writer: RecordWriter,
-    drawn: Sequence[tuple[Thing, str]], # held-out drawings: thing and style
-    counts: dict[str, int], # questions of each type
-    share: float, # of the counts
+    drawn: Sequence[tuple[Thing, str]],  # held-out drawings: thing and style
+    counts: dict[str, int],  # questions of each type
+    share: float,  # of the counts
     split: str,
     rng: random.Random,
 ) -> list[dict]:
@@ -171,28 +214,35 @@ def _held_out(
             found.append(writer.held_out(id, type, thing, style, split))
     return found
 
+
 def _passes(items: Sequence, count: int, rng: random.Random) -> list:
     "`count` items, pass after pass over all of them in random order."
     passes = count // len(items) + 1
     return [item for _ in range(passes) for item in rng.sample(items, len(items))][:count]
 
+# %% ../../nbs/demo/02_questions.ipynb #6769a1d4
 def most_frequent_answers(
     questioner: Questioner,
-    drawn: Sequence[tuple[Thing, str]], # training drawings
-) -> dict[str, str]: # by type of question
+    drawn: Sequence[tuple[Thing, str]],  # training drawings
+) -> dict[str, str]:  # by type of question
     "The answer that is most often right in training."
-    asked = [(type, questioner.ask(type, *d)[1]) for type in ("name", "category", "colour") for d in drawn
-             if questioner.can_ask(type, *d)]
+    asked = [
+        (type, questioner.ask(type, *d)[1])
+        for type in ("name", "category", "colour")
+        for d in drawn
+        if questioner.can_ask(type, *d)
+    ]
     asked += [("yes/no", "yes"), ("count", "1"), ("left/right", "left")]
     return evals.most_frequent([{"type": type, "conversations": [{}, {"value": answer}]} for type, answer in asked])
 
+# %% ../../nbs/demo/02_questions.ipynb #155cf16f
 def build_data(
     folder: Path,
-    things: int, # to train on
-    conversations: int, # stage 2 records
-    share: float = 1.0, # of the held-out questions
+    things: int,  # to train on
+    conversations: int,  # stage 2 records
+    share: float = 1.0,  # of the held-out questions
     seed: int = 0,
-) -> dict[str, str]: # the most frequent training answer of each type of question
+) -> dict[str, str]:  # the most frequent training answer of each type of question
     "Write captions.json, conversations.json, held_out.json and the images."
     drawings, rng = Drawings(), random.Random(seed)
     seen, held_out = split_things(drawings.things, things, seed)
@@ -203,9 +253,14 @@ def build_data(
     styles = [(t, s) for t in held_out for s in (*STYLES, UNSEEN_STYLE)]
     records = {
         "captions": [writer.caption(*d) for d in drawn],
-        "conversations": [writer.conversation(f"talk-{k}", *d) for k, d in enumerate(_passes(drawn, conversations, rng))],
-        "held_out": [*_held_out(writer, [(t, UNSEEN_STYLE) for t in seen], UNSEEN_STYLE_TYPES, share, "unseen style", rng),
-                     *_held_out(unseen, styles, UNSEEN_THING_TYPES, share, "unseen things", rng)]}
+        "conversations": [
+            writer.conversation(f"talk-{k}", *d) for k, d in enumerate(_passes(drawn, conversations, rng))
+        ],
+        "held_out": [
+            *_held_out(writer, [(t, UNSEEN_STYLE) for t in seen], UNSEEN_STYLE_TYPES, share, "unseen style", rng),
+            *_held_out(unseen, styles, UNSEEN_THING_TYPES, share, "unseen things", rng),
+        ],
+    }
     for name, found in records.items():
         (folder / f"{name}.json").write_text(json.dumps(found, ensure_ascii=False, indent=1))
     return most_frequent_answers(writer.questioner, drawn)

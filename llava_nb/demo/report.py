@@ -28,10 +28,11 @@ from ..vision import image_processor_for
 
 # %% ../../nbs/demo/04_report.ipynb #2a85c87b
 def draw_losses(
-    stages: dict[str, Sequence[float]], # a title and the loss of each step
-) -> Any: # a matplotlib Figure
+    stages: dict[str, Sequence[float]],  # a title and the loss of each step
+) -> Any:  # a matplotlib Figure
     "One curve a stage."
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(8, 2.8))
     for ax, (title, losses) in zip(fig.subplots(1, len(stages)), stages.items()):
         smooth = np.convolve(losses, np.ones(9) / 9, "valid") if len(losses) > 9 else np.array(losses)
@@ -46,36 +47,46 @@ def draw_losses(
 PAGE_STYLE = """
 body { font: 15px system-ui; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; background: #fff }
 .grid { display: flex; flex-wrap: wrap; gap: 12px }
-figure { margin: 0; width: 160px; padding: 8px; border-radius: 6px; border-left: 5px solid #c1581b; background: #faf6f3 }
+figure { margin: 0; width: 160px; padding: 8px; border-radius: 6px; background: #faf6f3 }
+figure { border-left: 5px solid #c1581b }
 figure.yes { border-color: #0b6e4f; background: #f1f7f4 }
 img { width: 112px }
 small { color: #666 }
 """
 
+
 def _figure(answer: evals.Answer, blank: evals.Answer, images: Path) -> str:
     "One question with its image, its answer, the right answer and the answer to a blank image."
     data = base64.b64encode((images / answer.record["image"]).read_bytes()).decode()
     asked, right = (turn["value"].removeprefix("<image>\n") for turn in answer.record["conversations"])
-    return (f"<figure class={'yes' if answer.correct else 'no'}><img src='data:image/png;base64,{data}'>"
-            f"<figcaption>{escape(asked)}<br><b>{escape(answer.text) or '(nothing)'}</b>"
-            f"<br><small>right: {escape(right)}; blank image: {escape(blank.text)}</small></figcaption></figure>")
+    return (
+        f"<figure class={'yes' if answer.correct else 'no'}><img src='data:image/png;base64,{data}'>"
+        f"<figcaption>{escape(asked)}<br><b>{escape(answer.text) or '(nothing)'}</b>"
+        f"<br><small>right: {escape(right)}; blank image: {escape(blank.text)}</small></figcaption></figure>"
+    )
 
+# %% ../../nbs/demo/04_report.ipynb #6c0761ec
 def sample_page(
     answers: Sequence[evals.Answer],
-    blank: Sequence[evals.Answer], # the same questions, images blanked
-    images: Path, # the image folder
-    table: str, # of scores
-    each: int = 12, # samples of each type
-) -> str: # HTML that needs nothing else
+    blank: Sequence[evals.Answer],  # the same questions, images blanked
+    images: Path,  # the image folder
+    table: str,  # of scores
+    each: int = 12,  # samples of each type
+) -> str:  # HTML that needs nothing else
     "Sample answers with their images, for a person to look at."
     groups: dict[tuple[str, str], list[str]] = {}
     for answer, blind in zip(answers, blank):
         group = groups.setdefault((answer.record["type"], answer.record["split"]), [])
-        if len(group) < each: group.append(_figure(answer, blind, images))
-    body = "".join(f"<h2>{escape(type)} <small>{escape(split)}</small></h2><div class=grid>{''.join(figures)}</div>"
-                   for (type, split), figures in groups.items())
-    return (f"<!doctype html><meta charset=utf-8><title>llava_nb: sample answers</title><style>{PAGE_STYLE}</style>"
-            f"<h1>Sample answers</h1><pre>{escape(table)}</pre>{body}")
+        if len(group) < each:
+            group.append(_figure(answer, blind, images))
+    body = "".join(
+        f"<h2>{escape(type)} <small>{escape(split)}</small></h2><div class=grid>{''.join(figures)}</div>"
+        for (type, split), figures in groups.items()
+    )
+    return (
+        f"<!doctype html><meta charset=utf-8><title>llava_nb: sample answers</title><style>{PAGE_STYLE}</style>"
+        f"<h1>Sample answers</h1><pre>{escape(table)}</pre>{body}"
+    )
 
 # %% ../../nbs/demo/04_report.ipynb #9959574e
 def evaluate(
@@ -94,34 +105,54 @@ def evaluate(
     (demo.out / "samples.html").write_text(page, encoding="utf-8")
     return scores
 
+# %% ../../nbs/demo/04_report.ipynb #a230b14c
 def _ask_all(demo: Demo, questions: list[dict]) -> tuple[list[evals.Answer], list[evals.Answer]]:
     "The answers with images, and with blank ones."
     run = demo.out / "stage2"
-    if not torch.cuda.is_available(): torch.set_num_threads(layouts()[0].threads)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(layouts()[0].threads)
     model, tokenizer = load_llava(run), trust.load(AutoTokenizer, run)
-    if torch.cuda.is_available(): model.cuda()
+    if torch.cuda.is_available():
+        model.cuda()
     settings = model.config.llava_nb
     transform = ImageTransform(image_processor_for(run), settings["image_aspect_ratio"])
     template = get_template(settings["template"], tokenizer)
+
     def ask(blank: bool) -> list[evals.Answer]:
         progress = _progress(demo, len(questions), blank)
-        return evals.answer(model, tokenizer, template, transform, questions, demo.out / "data" / "images", blank,
-                            batch_size=20, max_new_tokens=8, progress=progress)
+        return evals.answer(
+            model,
+            tokenizer,
+            template,
+            transform,
+            questions,
+            demo.out / "data" / "images",
+            blank,
+            batch_size=20,
+            max_new_tokens=8,
+            progress=progress,
+        )
+
     return ask(False), ask(True)
 
+# %% ../../nbs/demo/04_report.ipynb #02328d13
 def _progress(demo: Demo, total: int, blank: bool) -> Callable[[int], None]:
     "A message at each quarter."
     every, name = max(1, total // 4), f"evaluation{', images blanked' if blank else ''}"
+
     def tell(n: int) -> None:
-        if n == total or n // every > (n - 20) // every: demo.say(f"{name}: {n} of {total}")
+        if n == total or n // every > (n - 20) // every:
+            demo.say(f"{name}: {n} of {total}")
+
     return tell
 
 # %% ../../nbs/demo/04_report.ipynb #474bef9a
 CHAT = ("What is this?", "Which colour is it?", "Which kind of thing is it?")
 
+
 def chat(
     demo: Demo,
-) -> list[tuple[str, str]]: # questions and answers
+) -> list[tuple[str, str]]:  # questions and answers
     "Three turns about an image in the held-out style."
     questions = json.loads((demo.out / "data" / "held_out.json").read_text())
     image = demo.out / "data" / "images" / questions[0]["image"]

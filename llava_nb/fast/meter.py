@@ -19,17 +19,22 @@ import torch
 @dataclass(frozen=True)
 class Work:
     "The records of some steps, as far as they cost FLOPs."
-    lengths: Counter[int] = field(default_factory=Counter)   # number of records of each length in tokens
-    supervised: int = 0                                      # target tokens
-    images: int = 0                                          # distinct images of each step
+
+    lengths: Counter[int] = field(default_factory=Counter)  # number of records of each length in tokens
+    supervised: int = 0  # target tokens
+    images: int = 0  # distinct images of each step
 
     @property
-    def samples(self) -> int: return self.lengths.total()
-    @property
-    def tokens(self) -> int: return sum(n * count for n, count in self.lengths.items())
+    def samples(self) -> int:
+        return self.lengths.total()
 
-    def pairs(self,
-        window: int | None = None, # a layer's sliding window in tokens
+    @property
+    def tokens(self) -> int:
+        return sum(n * count for n, count in self.lengths.items())
+
+    def pairs(
+        self,
+        window: int | None = None,  # a layer's sliding window in tokens
     ) -> int:
         "Attended pairs of tokens over all records, see `attended_pairs`."
         return sum(int(attended_pairs(n, window)) * count for n, count in self.lengths.items())
@@ -37,20 +42,21 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.lengths + other.lengths, self.supervised + other.supervised, self.images + other.images)
 
+
 def attended_pairs(
-    lengths: int | np.ndarray, # tokens of a record
-    window: int | None = None, # keys that a query sees, itself included; None: all before it
+    lengths: int | np.ndarray,  # tokens of a record
+    window: int | None = None,  # keys that a query sees, itself included; None: all before it
 ) -> int | np.ndarray:
     "Twice the keys that the queries of a record see, with half a key for the query itself: `n * n` without a window."
-    pairs = lengths ** 2
+    pairs = lengths**2
     return pairs if window is None else pairs - np.maximum(lengths - window, 0) ** 2
 
 # %% ../../nbs/fast/05_meter.ipynb #214d6bc6
 def work_of(
-    records: np.ndarray, # int64 [n], indices
-    lengths: np.ndarray, # int64 [N], tokens of every record
-    supervised: np.ndarray, # int64 [N], target tokens
-    pictures: np.ndarray, # int [N], number of the image that each record shows, -1: none
+    records: np.ndarray,  # int64 [n], indices
+    lengths: np.ndarray,  # int64 [N], tokens of every record
+    supervised: np.ndarray,  # int64 [N], target tokens
+    pictures: np.ndarray,  # int [N], number of the image that each record shows, -1: none
 ) -> Work:
     "The work in the records of one step, in which the tower sees each image once."
     images = np.unique(pictures[records])
@@ -60,84 +66,110 @@ def work_of(
 @dataclass(frozen=True)
 class ModelShape:
     "The sizes of a model that cost FLOPs."
-    decoder: int                # weights in matrix products of the decoder layers: no embeddings, no head
-    head: int                   # vocabulary x hidden size
-    layers: int                 # of the decoder
-    width: int                  # of the queries of a layer: heads x head size
-    projector: int              # weights
-    tower: int                  # weights of the layers that run
-    features: int               # of an image
-    window: int | None = None   # tokens of the sliding window
-    windowed: int = 0           # layers that have it
 
-    def flops(self,
+    decoder: int  # weights in matrix products of the decoder layers: no embeddings, no head
+    head: int  # vocabulary x hidden size
+    layers: int  # of the decoder
+    width: int  # of the queries of a layer: heads x head size
+    projector: int  # weights
+    tower: int  # weights of the layers that run
+    features: int  # of an image
+    window: int | None = None  # tokens of the sliding window
+    windowed: int = 0  # layers that have it
+
+    def flops(
+        self,
         work: Work,
-        stage: int = 2, # 1: the decoder is frozen and only passes gradients on
-    ) -> dict[str, float]: # FLOPs by part
+        stage: int = 2,  # 1: the decoder is frozen and only passes gradients on
+    ) -> dict[str, float]:  # FLOPs by part
         "FLOPs that training on this work needs, forward and backward."
         passes, features = 6 if stage == 2 else 4, self.features * work.images
         pairs = (self.layers - self.windowed) * work.pairs() + self.windowed * work.pairs(self.window)
-        return {"decoder": passes * self.decoder * work.tokens, "attention": 6 * self.width * pairs,
-                "head": passes * self.head * work.supervised,
-                "projector": 6 * self.projector * features, "tower": 2 * self.tower * features}
+        return {
+            "decoder": passes * self.decoder * work.tokens,
+            "attention": 6 * self.width * pairs,
+            "head": passes * self.head * work.supervised,
+            "projector": 6 * self.projector * features,
+            "tower": 2 * self.tower * features,
+        }
 
 # %% ../../nbs/fast/05_meter.ipynb #0f3215e5
 @dataclass(frozen=True)
 class RowCost:
     "The cost of a record: one unit is a token's matrix products, forward and backward."
-    attention: float = 0.0      # a: of a pair of tokens, in layers without a window
-    image: float = 0.0          # b: of its image
-    windowed: float = 0.0       # of a pair of tokens, in layers with a window
-    window: int | None = None   # tokens
 
-    def of(self,
-        lengths: np.ndarray, # int64 [N], tokens
-        has_image: np.ndarray | None = None, # bool [N]
-    ) -> np.ndarray: # float64 [N]
+    attention: float = 0.0  # a: of a pair of tokens, in layers without a window
+    image: float = 0.0  # b: of its image
+    windowed: float = 0.0  # of a pair of tokens, in layers with a window
+    window: int | None = None  # tokens
+
+    def of(
+        self,
+        lengths: np.ndarray,  # int64 [N], tokens
+        has_image: np.ndarray | None = None,  # bool [N]
+    ) -> np.ndarray:  # float64 [N]
         "The cost of each record."
         lengths = np.asarray(lengths, float)
         cost = lengths + self.attention * attended_pairs(lengths)
-        if self.windowed: cost += self.windowed * attended_pairs(lengths, self.window)
+        if self.windowed:
+            cost += self.windowed * attended_pairs(lengths, self.window)
         return cost if has_image is None else cost + self.image * np.asarray(has_image)
+
 
 def row_cost(
     shape: ModelShape,
 ) -> RowCost:
     "The costs of a model's records."
     pair = shape.width / shape.decoder
-    return RowCost((shape.layers - shape.windowed) * pair, shape.tower * shape.features / (3 * shape.decoder),
-                   shape.windowed * pair, shape.window)
+    return RowCost(
+        (shape.layers - shape.windowed) * pair,
+        shape.tower * shape.features / (3 * shape.decoder),
+        shape.windowed * pair,
+        shape.window,
+    )
 
 # %% ../../nbs/fast/05_meter.ipynb #c83fb160
-DATASHEET = {      # FLOPs a second of dense bf16 matrix products
-    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "A6000": 155e12, "RTX 4090": 165e12, "L4": 121e12}
+DATASHEET = {  # FLOPs a second of dense bf16 matrix products
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "RTX 4090": 165e12,
+    "L4": 121e12,
+}
+
 
 def datasheet_rate(
-    device_name: str, # `torch.cuda.get_device_name()`
-) -> float | None: # FLOPs a second; None: not in the list
+    device_name: str,  # `torch.cuda.get_device_name()`
+) -> float | None:  # FLOPs a second; None: not in the list
     "The vendor's figure for dense bf16 matrix products."
     return next((rate for name, rate in DATASHEET.items() if name in device_name), None)
 
+# %% ../../nbs/fast/05_meter.ipynb #e5b24ec1
 def matmul_rate(
     device: torch.device | str,
     dtype: torch.dtype,
-    size: int | None = None, # of the square matrices
+    size: int | None = None,  # of the square matrices
     repeats: int = 5,
-) -> float: # FLOPs a second
+) -> float:  # FLOPs a second
     "The best of a few large matrix products."
     cuda = torch.device(device).type == "cuda"
     size = size or (8192 if cuda else 1024)
-    generator = torch.Generator(device).manual_seed(0)      # a run's own random numbers stay as they are
+    generator = torch.Generator(device).manual_seed(0)  # a run's own random numbers stay as they are
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     seconds = [_seconds(lambda: a @ b, cuda) for _ in range(repeats + 2)]
-    return 2 * size ** 3 / min(seconds[2:])                 # the first two warm up
+    return 2 * size**3 / min(seconds[2:])  # the first two warm up
+
 
 def _seconds(run, cuda: bool) -> float:
-    if cuda: torch.cuda.synchronize()
+    if cuda:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
-    if cuda: torch.cuda.synchronize()
+    if cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 # %% ../../nbs/fast/05_meter.ipynb #8af12f73
@@ -145,23 +177,26 @@ def bf16_is_faster(
     device: torch.device | str,
 ) -> bool:
     "Whether bf16 multiplies matrices faster than float32 here; a fraction of a second on a CPU."
-    if torch.device(device).type == "cuda": return True
+    if torch.device(device).type == "cuda":
+        return True
     return matmul_rate(device, torch.bfloat16) > matmul_rate(device, torch.float32)
 
 # %% ../../nbs/fast/05_meter.ipynb #c910c9e9
 @dataclass
 class Meter:
     "Turns work and seconds into rates."
+
     shape: ModelShape
     stage: int
     ranks: int
-    rates: dict[str, float]   # FLOPs a second of one device, by where the figure comes from
+    rates: dict[str, float]  # FLOPs a second of one device, by where the figure comes from
 
-    def read(self,
-        work: Work, # of all ranks
+    def read(
+        self,
+        work: Work,  # of all ranks
         seconds: float,
-        waited: float = 0.0, # of these, for data
-    ) -> dict[str, float]: # for the log
+        waited: float = 0.0,  # of these, for data
+    ) -> dict[str, float]:  # for the log
         "Rates a second over all ranks, the share of time spent waiting for data, utilisation by each known rate."
         counts = {name: getattr(work, name) for name in ("samples", "tokens", "supervised")}
         found = {f"{name}_per_second": round(count / seconds, 2) for name, count in counts.items()}
@@ -169,10 +204,11 @@ class Meter:
         found["data_wait"] = round(waited / seconds, 4)
         return found | {f"mfu_{name}": round(flops / rate, 4) for name, rate in self.rates.items()}
 
+
 def device_rates(
     device: torch.device,
-    dtype: torch.dtype, # of the matrix products
-) -> dict[str, float]: # FLOPs a second
+    dtype: torch.dtype,  # of the matrix products
+) -> dict[str, float]:  # FLOPs a second
     "The rates that `Meter` compares with: measured now, and the datasheet's where there is one."
     sheet = datasheet_rate(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return {"measured": matmul_rate(device, dtype)} | ({"datasheet": sheet} if sheet else {})

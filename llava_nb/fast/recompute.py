@@ -16,9 +16,10 @@ from ..base.terminal import shown
 # %% ../../nbs/fast/03_recompute.ipynb #78775bfd
 RECOMPUTE = ("none", "cheap", "full")
 
+
 def set_recompute(
-    model: PreTrainedModel, # changed in place
-    how: str, # a member of `RECOMPUTE`
+    model: PreTrainedModel,  # changed in place
+    how: str,  # a member of `RECOMPUTE`
 ) -> None:
     "Choose the activations of the decoder layers that the backward pass computes again."
     if how not in RECOMPUTE:
@@ -28,13 +29,15 @@ def set_recompute(
         return
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _save_products)} if how == "cheap" else {}
     _switch(model, "enable")({"use_reentrant": False} | contexts)
-    model.disable_input_require_grads()      # else a frozen tower keeps its activations
+    model.disable_input_require_grads()  # else a frozen tower keeps its activations
+
 
 def _switch(model: PreTrainedModel, do: str):
     "Transformers' method, by its name since 5.19 or the one before."
     return getattr(model, f"activation_checkpointing_{do}", None) or getattr(model, f"gradient_checkpointing_{do}")
 
+
 def _save_products(context, op, *args, **kwargs) -> CheckpointPolicy:
-    name = op.name().split("::")[-1].split(".")[0]       # aten::mm, aten::addmm.out, flex_attention
+    name = op.name().split("::")[-1].split(".")[0]  # aten::mm, aten::addmm.out, flex_attention
     expensive = name.endswith("mm") or "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

@@ -22,68 +22,88 @@ from ..base.terminal import shown
 
 # %% ../../nbs/fast/04_zero.ipynb #da30e29a
 def bytes_per_rank(
-    trained: int, # parameters that train
-    frozen: int, # parameters that do not
-    world_size: int, # ranks
-    zero: int, # ZeRO stage: 0, 1, 2 or 3
-    float32_sums: bool = False, # gradients of several rows are summed in float32, see `accumulate_in_float32`
-) -> dict[str, float]: # bytes of weights, gradients and optimizer state on one rank
+    trained: int,  # parameters that train
+    frozen: int,  # parameters that do not
+    world_size: int,  # ranks
+    zero: int,  # ZeRO stage: 0, 1, 2 or 3
+    float32_sums: bool = False,  # gradients of several rows are summed in float32, see `accumulate_in_float32`
+) -> dict[str, float]:  # bytes of weights, gradients and optimizer state on one rank
     "Model state of one rank in mixed precision (2 + 2 + 12 bytes a trained parameter), without activations."
     share = lambda from_stage: world_size if zero >= from_stage else 1
     gradient = 4 if float32_sums else 2
-    return {"weights": 2 * (trained + frozen) / share(3), "gradients": gradient * trained / share(2),
-            "optimizer": 12 * trained / share(1)}
+    return {
+        "weights": 2 * (trained + frozen) / share(3),
+        "gradients": gradient * trained / share(2),
+        "optimizer": 12 * trained / share(1),
+    }
 
 # %% ../../nbs/fast/04_zero.ipynb #686820a9
-def _from_settings() -> dict: # DeepSpeed takes 1, or off, for missing ones
+def _from_settings() -> dict:  # DeepSpeed takes 1, or off, for missing ones
     sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
     return dict.fromkeys(sizes, "auto") | {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
 
+
 def deepspeed_config(
-    stage: int, # ZeRO stage: 0, 1, 2 or 3
-    max_grad_norm: float = 0.0, # 0: no clipping, the published recipe
-    offload: bool = False, # optimizer state (and weights under stage 3) in host memory
-) -> dict: # for `TrainingArguments(deepspeed=...)`; "auto" is filled in by transformers
+    stage: int,  # ZeRO stage: 0, 1, 2 or 3
+    max_grad_norm: float = 0.0,  # 0: no clipping, the published recipe
+    offload: bool = False,  # optimizer state (and weights under stage 3) in host memory
+) -> dict:  # for `TrainingArguments(deepspeed=...)`; "auto" is filled in by transformers
     "DeepSpeed's configuration for one stage of LLaVA (reference: scripts/zero2.json, zero3.json)."
-    if stage not in (0, 1, 2, 3): raise ValueError(f"zero {shown(stage)} is not a ZeRO stage; use 0, 1, 2 or 3")
-    zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1_000_000_000,
-            "reduce_bucket_size": "auto"}
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero {shown(stage)} is not a ZeRO stage; use 0, 1, 2 or 3")
+    zero = {
+        "stage": stage,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1_000_000_000,
+        "reduce_bucket_size": "auto",
+    }
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
-                 "stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 1_000_000_000,
-                 "stage3_gather_16bit_weights_on_model_save": True}
+        zero |= {
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        }
     if offload:
-        moved = ("offload_optimizer", "offload_param")[:1 + (stage == 3)]
+        moved = ("offload_optimizer", "offload_param")[: 1 + (stage == 3)]
         zero |= {key: {"device": "cpu", "pin_memory": torch.cuda.is_available()} for key in moved}
     return _from_settings() | {
-        "zero_optimization": zero, "gradient_clipping": max_grad_norm,
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "steps_per_print": 10**9}
+        "zero_optimization": zero,
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
 
 # %% ../../nbs/fast/04_zero.ipynb #6d58f750
 def fetch_whole_layers(
-    config: dict, # of DeepSpeed, changed in place
+    config: dict,  # of DeepSpeed, changed in place
     model: torch.nn.Module,
 ) -> None:
     "On CPU ranks, let ZeRO-3 gather a layer at a time: the members of the model's lists of modules."
     zero = config.get("zero_optimization", {})
-    if torch.cuda.is_available() or zero.get("stage") != 3: return
+    if torch.cuda.is_available() or zero.get("stage") != 3:
+        return
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     layers = [layer for group in lists for layer in group if any(True for _ in layer.children())]
     zero.setdefault("leaf_module", {"classes": sorted({type(layer).__name__ for layer in layers})})
 
 # %% ../../nbs/fast/04_zero.ipynb #a32ca064
 def accumulate_in_float32(
-    config: dict, # of DeepSpeed, changed in place
-    micro_steps: int, # rows of each rank in a step
-    half: bool, # weights and gradients have 16 bits
+    config: dict,  # of DeepSpeed, changed in place
+    micro_steps: int,  # rows of each rank in a step
+    half: bool,  # weights and gradients have 16 bits
 ) -> None:
     "Let ZeRO-2 and 3 add up the gradients of several rows in float32, unless the JSON has `data_types`."
-    if not half or micro_steps == 1 or config.get("zero_optimization", {}).get("stage", 0) < 2: return
+    if not half or micro_steps == 1 or config.get("zero_optimization", {}).get("stage", 0) < 2:
+        return
     config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
 
 # %% ../../nbs/fast/04_zero.ipynb #28140031
 def without_accumulation(
-    args, # transformers' TrainingArguments, made with DeepSpeed
+    args,  # transformers' TrainingArguments, made with DeepSpeed
 ) -> None:
     "Have DeepSpeed count one accumulation step: who trains says which backward pass is a step's last."
     config = args.hf_deepspeed_config.config
@@ -93,43 +113,82 @@ def without_accumulation(
 
 # %% ../../nbs/fast/04_zero.ipynb #117484cb
 def read_deepspeed_config(
-    path: str | Path, # a DeepSpeed JSON
-    max_grad_norm: float = 0.0, # written where the file does not set clipping, or says "auto"
+    path: str | Path,  # a DeepSpeed JSON
+    max_grad_norm: float = 0.0,  # written where the file does not set clipping, or says "auto"
 ) -> dict:
     "Read a DeepSpeed JSON and make its defaults explicit; refuse one that replaces optimizer or schedule."
-    try: config = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as e: raise ValueError(f"{path}: not JSON ({e})") from None
+    try:
+        config = json.loads(Path(path).read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not JSON ({e})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, this is {shown(config)}")
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise ValueError(f"{path}: the key {shown(key)} makes DeepSpeed build its own and collapses "
-                             "the parameter groups (projector_lr would be ignored); remove it")
+            raise ValueError(
+                f"{path}: the key {shown(key)} makes DeepSpeed build its own and collapses "
+                "the parameter groups (projector_lr would be ignored); remove it"
+            )
     _check_keys(config, path)
-    zero = config["zero_optimization"] = {"stage": 0} | config.get("zero_optimization", {})   # accelerate needs one
-    if zero["stage"] == 3: zero["stage3_gather_16bit_weights_on_model_save"] = True     # else checkpoints are pickles
-    if config.get("gradient_clipping", "auto") == "auto": config["gradient_clipping"] = max_grad_norm
+    zero = config["zero_optimization"] = {"stage": 0} | config.get("zero_optimization", {})  # accelerate needs one
+    if zero["stage"] == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # else checkpoints are pickles
+    if config.get("gradient_clipping", "auto") == "auto":
+        config["gradient_clipping"] = max_grad_norm
     return _from_settings() | config
 
 # %% ../../nbs/fast/04_zero.ipynb #9e4d7a10
 TAKEN = {
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "bf16", "fp16",
-    "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print",
-    "wall_clock_breakdown", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "dump_state", "memory_breakdown", "comms_logger", "flops_profiler", "tensorboard", "csv_monitor", "wandb", "aio",
-    "dataloader_drop_last", "seed", "disable_allgather"}
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "dump_state",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "aio",
+    "dataloader_drop_last",
+    "seed",
+    "disable_allgather",
+}
+
+# %% ../../nbs/fast/04_zero.ipynb #25ab4827
 _OURS = {
-    "activation_checkpointing": "use --recompute", "amp": "use --bf16 True", "sparse_attention": "attention is exact",
-    "data_efficiency": "the plan sets the order", "curriculum_learning": "the plan sets the order",
-    "compression_training": "weights are trained as they are", "elasticity": "the global batch stays",
-    "autotuning": "name the settings", "checkpoint": "llava_nb writes its own checkpoints",
-    "nebula": "llava_nb writes its own checkpoints", "sparse_gradients": "gradients are dense",
-    "compile": "every packed sequence has another length", "progressive_layer_drop": "every layer is trained"}
+    "activation_checkpointing": "use --recompute",
+    "amp": "use --bf16 True",
+    "sparse_attention": "attention is exact",
+    "data_efficiency": "the plan sets the order",
+    "curriculum_learning": "the plan sets the order",
+    "compression_training": "weights are trained as they are",
+    "elasticity": "the global batch stays",
+    "autotuning": "name the settings",
+    "checkpoint": "llava_nb writes its own checkpoints",
+    "nebula": "llava_nb writes its own checkpoints",
+    "sparse_gradients": "gradients are dense",
+    "compile": "every packed sequence has another length",
+    "progressive_layer_drop": "every layer is trained",
+}
+
 
 def _check_keys(config: dict, path: str | Path) -> None:
     for key in config:
-        if key in TAKEN: continue
+        if key in TAKEN:
+            continue
         near = difflib.get_close_matches(key, TAKEN, 1)
         why = _OURS.get(key) or (f"did you mean {near[0]!r}?" if near else "no such key is known here")
         raise ValueError(f"{path}: the key {shown(key)} is not supported: {why}; remove it")
@@ -139,51 +198,74 @@ def _check_keys(config: dict, path: str | Path) -> None:
 
 # %% ../../nbs/fast/04_zero.ipynb #6c93e170
 def check_deepspeed_config(
-    config: dict, # as the file has it
-    path: str | Path, # of the file
-    said: dict, # the settings: sizes of a step, `max_grad_norm`, `bf16`, `fp16`
+    config: dict,  # as the file has it
+    path: str | Path,  # of the file
+    said: dict,  # the settings: sizes of a step, `max_grad_norm`, `bf16`, `fp16`
     ranks: int,
-) -> list[str]: # a line for each contradiction
+) -> list[str]:  # a line for each contradiction
     "The contradictions between a DeepSpeed JSON and the settings."
-    found = [_differs(path, key, config[key], told) for key, (ours, told) in _agreed(said, ranks).items()
-             if config.get(key, "auto") not in ("auto", ours)]
+    found = [
+        _differs(path, key, config[key], told)
+        for key, (ours, told) in _agreed(said, ranks).items()
+        if config.get(key, "auto") not in ("auto", ours)
+    ]
     for key in ("bf16", "fp16"):
         value = config.get(key, {})
-        if isinstance(value, dict): value = value.get("enabled", "auto")
+        if isinstance(value, dict):
+            value = value.get("enabled", "auto")
         ours = bool(said[key])
-        if value not in ("auto", ours): found.append(_differs(path, f"{key}.enabled", value, f"--{key} {ours}"))
+        if value not in ("auto", ours):
+            found.append(_differs(path, f"{key}.enabled", value, f"--{key} {ours}"))
     return found
 
-def _agreed(said: dict, ranks: int) -> dict[str, tuple]: # key -> value by the settings, and how they give it
+
+def _agreed(said: dict, ranks: int) -> dict[str, tuple]:  # key -> value by the settings, and how they give it
     rows, steps = said["per_device_train_batch_size"], said["gradient_accumulation_steps"]
     clip, total = said["max_grad_norm"], ranks * rows * steps
     own = f"per_device_train_batch_size {rows}", f"gradient_accumulation_steps {steps}"
-    return {"train_micro_batch_size_per_gpu": (rows, own[0]), "gradient_accumulation_steps": (steps, own[1]),
-            "train_batch_size": (total, f"{ranks} ranks x {own[0]} x {own[1]} = {total}"),
-            "gradient_clipping": (clip, f"max_grad_norm {clip:g}")}
+    return {
+        "train_micro_batch_size_per_gpu": (rows, own[0]),
+        "gradient_accumulation_steps": (steps, own[1]),
+        "train_batch_size": (total, f"{ranks} ranks x {own[0]} x {own[1]} = {total}"),
+        "gradient_clipping": (clip, f"max_grad_norm {clip:g}"),
+    }
+
 
 def _differs(path: str | Path, key: str, value: Any, told: str) -> str:
-    return f"{path}: {key} {shown(value)}, but the settings say {told}; say \"auto\" in the file, or make them equal"
+    return f'{path}: {key} {shown(value)}, but the settings say {told}; say "auto" in the file, or make them equal'
 
 # %% ../../nbs/fast/04_zero.ipynb #8eaad55e
 def init_distributed(
-    timeout_s: float = 1800, # how long a rank waits for another before it gives up
+    timeout_s: float = 1800,  # how long a rank waits for another before it gives up
 ) -> None:
     "Join the ranks that the launcher started; alone, be a world of one. Call before building a model (idempotent)."
-    if torch.distributed.is_initialized(): return
+    if torch.distributed.is_initialized():
+        return
     cuda = torch.cuda.is_available()
-    if not cuda: os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try: import deepspeed   # reads DS_ACCELERATOR when it is imported
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed  # reads DS_ACCELERATOR when it is imported
     except ImportError:
-        raise ValueError("DeepSpeed is not installed, and ZeRO and several ranks need it: pip install deepspeed, "
-                         "or train on one rank without --zero") from None
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False   # or the first launch compiles for two minutes
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(free_port())}
-    for key, value in alone.items(): os.environ.setdefault(key, value)
-    if cuda: torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False,
-                               timeout=timedelta(seconds=timeout_s), verbose=False)
+        raise ValueError(
+            "DeepSpeed is not installed, and ZeRO and several ranks need it: pip install deepspeed, "
+            "or train on one rank without --zero"
+        ) from None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or the first launch compiles for two minutes
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    for key, value in alone.items():
+        os.environ.setdefault(key, value)
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        "nccl" if cuda else "gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False
+    )
 
 # %% ../../nbs/fast/04_zero.ipynb #d4085db5
 def free_port() -> int:
@@ -192,24 +274,29 @@ def free_port() -> int:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
+
 def rank() -> int:
     "This process's rank, from the launcher."
     return int(os.environ.get("RANK", 0))
+
 
 def world_size() -> int:
     "Number of ranks, from the launcher."
     return int(os.environ.get("WORLD_SIZE", 1))
 
+
 def wait() -> None:
     "Wait until all ranks are here."
-    if torch.distributed.is_initialized(): torch.distributed.barrier()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 # %% ../../nbs/fast/04_zero.ipynb #a6ef00db
 def from_all_ranks(
-    mine, # of this rank; anything that can be pickled
-) -> list: # of all ranks, by rank
+    mine,  # of this rank; anything that can be pickled
+) -> list:  # of all ranks, by rank
     "Give all ranks the values of each. Every rank must call."
-    if not torch.distributed.is_initialized(): return [mine]
+    if not torch.distributed.is_initialized():
+        return [mine]
     found = [None] * world_size()
     torch.distributed.all_gather_object(found, mine)
     return found

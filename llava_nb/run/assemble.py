@@ -37,24 +37,25 @@ def start_folder(
     run: config.Run,
     output_dir: str | Path,
     seed: int,
-) -> str: # llava-hf folder or hub id
+) -> str:  # llava-hf folder or hub id
     "The folder that every rank loads; assembled from parts on rank 0 when there is none."
     m = run.model
-    if m.model and not m.special_tokens: return m.model
+    if m.model and not m.special_tokens:
+        return m.model
     folder, recipe = Path(output_dir) / "start", json.dumps({**dataclasses.asdict(m), "projector": None, "seed": seed})
     made_from = folder / "made_from.json"
     # half written, damaged, or of other parts
-    if zero.rank() == 0 and (integrity.fault(folder) or made_from.read_text() != recipe):
+    if zero.rank() == 0 and (integrity.verify_checkpoint(folder) or made_from.read_text() != recipe):
         storage.clear(folder)
         assemble(m, folder, seed)
         made_from.write_text(recipe)
-        integrity.seal_alone(folder)
+        integrity.commit_folder(folder)
     zero.wait()
     return str(folder)
 
 # %% ../../nbs/run/07_assemble.ipynb #19a9c320
 def assemble(
-    m: config.ModelConfig, # with `language_model` and `vision_tower`, or with `model` and `special_tokens`
+    m: config.ModelConfig,  # with `language_model` and `vision_tower`, or with `model` and `special_tokens`
     folder: str | Path,
     seed: int = 42,
 ) -> None:
@@ -62,21 +63,23 @@ def assemble(
     with engine.unpartitioned():
         tokenizer, spoken = trust.load(transformers.AutoTokenizer, m.model or m.language_model), m.special_tokens or []
         masking.add_spoken(tokenizer, spoken)
-        if m.model: model = with_rows(llava.load_llava(m.model), tokenizer, spoken, seed)
+        if m.model:
+            model = with_rows(llava.load_llava(m.model), tokenizer, spoken, seed)
         else:
             parts = llava.load_language_model(m.language_model), llava.load_tower(m.vision_tower), tokenizer
             chosen = m.projector_type, m.vision_feature_layer, m.vision_feature_select_strategy
             model = llava.build_llava(*parts, *chosen, seed, spoken)
         checkpoint.save_llava(model, folder, tokenizer, vision.image_processor_for(m.model or m.vision_tower))
 
+
 def with_rows(
-    model: transformers.LlavaForConditionalGeneration, # changed in place
-    tokenizer: transformers.PreTrainedTokenizerBase, # that has the tokens
-    spoken: list[str], # tokens that texts may say
+    model: transformers.LlavaForConditionalGeneration,  # changed in place
+    tokenizer: transformers.PreTrainedTokenizerBase,  # that has the tokens
+    spoken: list[str],  # tokens that texts may say
     seed: int,
-) -> transformers.LlavaForConditionalGeneration: # the same object
+) -> transformers.LlavaForConditionalGeneration:  # the same object
     "Add embedding rows for tokens that a whole model has none for."
-    rows = llava.said_rows(model.config.llava_nb["text_vocab_size"], tokenizer, spoken)
+    rows = llava.text_vocab_rows(model.config.llava_nb["text_vocab_size"], tokenizer, spoken)
     llava.fit_embeddings(model, rows, seed)
     model.config.llava_nb["text_vocab_size"] = rows
     return model
@@ -85,42 +88,48 @@ def with_rows(
 def load_model(
     run: config.Run,
     args: ReliableTrainingArguments,
-    start: str, # llava-hf folder or hub id
-    today: date | None = None, # that the template was told
+    start: str,  # llava-hf folder or hub id
+    today: date | None = None,  # that the template was told
 ) -> transformers.LlavaForConditionalGeneration:
     "The model with its projector, frozen by stage, knowing its template."
     dtype, _ = checks.precision(args)
     model = llava.load_llava(start, dtype)
     llava.freeze(model, args.stage)
-    if run.model.projector not in (None, "random"): llava.load_projector(model, run.model.projector)
+    if run.model.projector not in (None, "random"):
+        llava.load_projector(model, run.model.projector)
     _choose_kernels(run, args, model)
     names = ("template", "image_aspect_ratio", "apply_exif", "reduced_jpeg", "model_max_length")
     known = {name: getattr(run.data, name) for name in names} | {"special_tokens": run.model.special_tokens or []}
-    if run.data.template == "chat_template": known["date"] = (today or date.today()).isoformat()
+    if run.data.template == "chat_template":
+        known["date"] = (today or date.today()).isoformat()
     model.config.llava_nb |= known
     return model
+
 
 def _choose_kernels(run: config.Run, args: ReliableTrainingArguments, model: torch.nn.Module) -> None:
     _, autocast = checks.precision(args)
     used, refused = attention.use_attention(model, run.model.attention, args.device, autocast, zero.from_all_ranks)
     cross_entropy.use_loss_kernel(model, run.model.loss_kernel, args.device, autocast)
-    if args.process_index != 0: return
+    if args.process_index != 0:
+        return
     say(f"attention: {used}{' (auto)' if run.model.attention == 'auto' else ''}, loss: {run.model.loss_kernel}")
-    for name, why in refused.items(): say(f"note: attention {name} is not used: {why}")
+    for name, why in refused.items():
+        say(f"note: attention {name} is not used: {why}")
 
 # %% ../../nbs/run/07_assemble.ipynb #ba88be78
 def use_features(
     run: config.Run,
     args: ReliableTrainingArguments,
-    start: str, # llava-hf folder or hub id
-    datasets: list[stored.ValidatedDataset], # changed in place
+    start: str,  # llava-hf folder or hub id
+    datasets: list[stored.ValidatedDataset],  # changed in place
 ) -> None:
     "Let data sets return features instead of pixels."
     found, (weights, autocast) = trust.load(transformers.AutoConfig, start), checks.precision(args)
     layer = found.vision_feature_layer
     if not isinstance(layer, int):
-        raise ValueError(f"feature_cache keeps one hidden state of an image, and {start} uses the layers {layer}; "
-                         "leave it out")
+        raise ValueError(
+            f"feature_cache keeps one hidden state of an image, and {start} uses the layers {layer}; leave it out"
+        )
     with engine.unpartitioned():
         extractor = features.Extractor(llava.load_tower(start).to(weights), layer, args.device, autocast)
     for d in datasets:
@@ -130,20 +139,23 @@ def use_features(
 @dataclasses.dataclass
 class Parts:
     "The parts of a Trainer."
+
     model: transformers.LlavaForConditionalGeneration
     tokenizer: transformers.PreTrainedTokenizerBase
     image_processor: object
     dataset: stored.ValidatedDataset
     eval_dataset: stored.ValidatedDataset | None
 
+
 def build(
     run: config.Run,
     args: ReliableTrainingArguments,
-    c: checks.Checked, # without problems
+    c: checks.Checked,  # without problems
 ) -> Parts:
     "The data sets that the checks have made, and the model."
     train, held_out = [c.sets.get(setting) for setting in ("data_path", "eval_data_path")]
     start = start_folder(run, args.output_dir, args.seed)
-    if run.data.feature_cache: use_features(run, args, start, [d for d in (train, held_out) if d and d.has_image.any()])
+    if run.data.feature_cache:
+        use_features(run, args, start, [d for d in (train, held_out) if d and d.has_image.any()])
     model = load_model(run, args, start, checks.told_day(c.resume))
     return Parts(model, c.gate.encoder.tokenizer, c.processor, train, held_out)

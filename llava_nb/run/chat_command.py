@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from ..base.terminal import Parser, one_line, say
 
-if TYPE_CHECKING: from llava_nb.chat import Chat
+if TYPE_CHECKING:
+    from llava_nb.chat import Chat
 
 # %% ../../nbs/run/09_chat_command.ipynb #27c77a69
 def add_arguments(
-    p: argparse.ArgumentParser, # changed in place
+    p: argparse.ArgumentParser,  # changed in place
 ) -> None:
     "The arguments of `llava_nb chat`."
     p.add_argument("model", help="the folder that stage 2 wrote, or a llava-hf checkpoint")
@@ -33,13 +34,16 @@ def add_arguments(
     p.add_argument("--dtype", default="auto", help="auto (as saved), float32, bfloat16 or float16")
     p.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
 
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="llava_nb chat", description="Chat about an image with a trained model.")
     add_arguments(p)
     args = p.parse_args(argv)
     if len(args.image) > 1:
-        p.error(f"--image: {len(args.image)} images were given and a question takes one; give the first here, "
-                "and show each other one with a later question (/image PATH)")
+        p.error(
+            f"--image: {len(args.image)} images were given and a question takes one; give the first here, "
+            "and show each other one with a later question (/image PATH)"
+        )
     return args
 
 # %% ../../nbs/run/09_chat_command.ipynb #1c8d6cdb
@@ -49,10 +53,14 @@ def _questions(args: argparse.Namespace) -> Iterator[str]:
         yield args.ask
         return
     while True:
-        try: line = input("you> ").strip()
-        except EOFError: return
-        if not line: return
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
         yield line
+
 
 def _converse(chat: "Chat", args: argparse.Namespace) -> None:
     first = args.image[0] if args.image else None
@@ -61,9 +69,12 @@ def _converse(chat: "Chat", args: argparse.Namespace) -> None:
         if line == "/reset":
             chat.reset()
             image = first
-        elif line.startswith("/image "): image = line.removeprefix("/image ").strip()
-        elif _answered(chat, line, image, args): image = None
+        elif line.startswith("/image "):
+            image = line.removeprefix("/image ").strip()
+        elif _answered(chat, line, image, args):
+            image = None
 
+# %% ../../nbs/run/09_chat_command.ipynb #6f935eeb
 def _answered(chat: "Chat", question: str, image: str | None, args: argparse.Namespace) -> bool:
     "Print the answer; a question that cannot be asked does not end the conversation."
     try:
@@ -71,7 +82,8 @@ def _answered(chat: "Chat", question: str, image: str | None, args: argparse.Nam
             say(piece, end="")
         say("")
     except (ValueError, OSError) as e:
-        if args.ask is not None: raise
+        if args.ask is not None:
+            raise
         say(one_line(e))
         return False
     return True
@@ -81,30 +93,40 @@ def _answered(chat: "Chat", question: str, image: str | None, args: argparse.Nam
 def _interruptible() -> Iterator[None]:
     "Ctrl-C raises KeyboardInterrupt inside, and SIGTERM ends the process."
     ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    if threading.current_thread() is not threading.main_thread(): ours = {}      # only the main thread may set them
+    if threading.current_thread() is not threading.main_thread():
+        ours = {}  # only the main thread may set them
     before = {number: signal.signal(number, handler) for number, handler in ours.items()}
-    try: yield
+    try:
+        yield
     finally:
-        for number, handler in before.items(): signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 def _run(args: argparse.Namespace) -> None:
-    import llava_nb.base.trust as trust       # torch and transformers, once the arguments are known to be right
-    import llava_nb.run.efficientnet          # registers this tower with transformers' Auto classes
+    import llava_nb.base.trust as trust  # torch and transformers, once the arguments are known to be right
+    import llava_nb.run.efficientnet  # registers this tower with transformers' Auto classes
     from llava_nb.chat import Chat
+
     trust.check_versions()
     with trust.explained(args.model, "a model to chat with", (ValueError, OSError, FloatingPointError)):
         chat = Chat.from_pretrained(args.model, args.template, args.dtype, args.device, args.system)
-        try: _converse(chat, args)
-        except FloatingPointError as e: raise FloatingPointError(f"{args.model}: {e}") from e
+        try:
+            _converse(chat, args)
+        except FloatingPointError as e:
+            raise FloatingPointError(f"{args.model}: {e}") from e
 
+# %% ../../nbs/run/09_chat_command.ipynb #7c16b79f
 def main(
-    argv: Sequence[str] | None = None, # the command line; None: the program's own
-) -> int: # exit code: 0 done, 2 refused
+    argv: Sequence[str] | None = None,  # the command line; None: the program's own
+) -> int:  # exit code: 0 done, 2 refused
     "`llava_nb chat MODEL`."
     args = _arguments(argv)
     try:
-        with _interruptible(): _run(args)
-    except KeyboardInterrupt: say("")
+        with _interruptible():
+            _run(args)
+    except KeyboardInterrupt:
+        say("")
     except (ValueError, OSError, FloatingPointError) as e:
         say(f"llava_nb chat: {one_line(e)}", error=True)
         return 2

@@ -21,13 +21,14 @@ from typing import NoReturn
 
 import llava_nb.run.chat_command as chat_command
 import llava_nb.run.config as config
-from ..base.terminal import one_line, say, shown, take_over
+from ..base.terminal import one_line, say, shown, escape_library_output
 from ..safe.exits import EXIT_CODES, REFUSED, STOPPED, exit_now, exit_process, record_exit_code
 
 # %% ../../nbs/run/01_command_line.ipynb #e6996bfe
 TRAINING_FIELDS = {"trainer.py": "LlavaTrainingArguments", "safe/reliable_trainer.py": "ReliableTrainingArguments"}
 
-def settings_help() -> dict[str, str]: # name: help
+
+def settings_help() -> dict[str, str]:  # name: help
     "Every setting of ours."
     found = {f.name: f.metadata["help"] for c in config.CONFIGS for f in fields(c)}
     for file, name in TRAINING_FIELDS.items():
@@ -36,95 +37,151 @@ def settings_help() -> dict[str, str]: # name: help
         found |= {n.target.id: _last_text(n.value) for n in body if isinstance(n, ast.AnnAssign)}
     return found
 
+
 def _last_text(call: ast.expr) -> str:
     texts = [n for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return max(texts, key=lambda n: (n.lineno, n.col_offset)).value
 
 # %% ../../nbs/run/01_command_line.ipynb #c3cfa7df
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str): raise ValueError(message)
+    def error(self, message: str):
+        raise ValueError(message)
+
 
 def whole_number(text: str) -> int:
     "0, 1, 2, ..."
-    if text.isascii() and text.isdigit(): return int(text)
+    if text.isascii() and text.isdigit():
+        return int(text)
     raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number of 0 or more")
+
 
 def seconds(text: str) -> float:
     "A time of 0 or more."
-    try: found = float(text)
-    except ValueError: found = math.nan
-    if 0 <= found < math.inf: return found
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if 0 <= found < math.inf:
+        return found
     raise argparse.ArgumentTypeError(f"{shown(text)} is no number of seconds of 0 or more")
 
 # %% ../../nbs/run/01_command_line.ipynb #3fd00e3b
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", nargs="?", metavar="CONFIG.json",
-                        help="a flat object of settings; flags of the same names override it")
-    known = parser.add_argument_group("settings (besides every field of transformers' TrainingArguments, "
-                                      "and the flags of LLaVA's own scripts)")
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG.json",
+        help="a flat object of settings; flags of the same names override it",
+    )
+    known = parser.add_argument_group(
+        "settings (besides every field of transformers' TrainingArguments, and the flags of LLaVA's own scripts)"
+    )
     for name, help in settings_help().items():
         known.add_argument(f"--{name}", metavar="VALUE", help=help.replace("%", "%%"))
 
+# %% ../../nbs/run/01_command_line.ipynb #305f13ac
 def _launch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=whole_number, metavar="N",
-                        help="processes; 0: one without DeepSpeed's launcher (default: as many as GPUs)")
-    parser.add_argument("--restarts", type=whole_number, default=0, metavar="N",
-                        help="restarts, at most, after exit codes 6, 8, 75 and 137 (default: 0)")
-    parser.add_argument("--pause", type=seconds, default=10, metavar="SECONDS",
-                        help="before the first restart; twice as long before each further one (default: 10)")
+    parser.add_argument(
+        "--ranks",
+        type=whole_number,
+        metavar="N",
+        help="processes; 0: one without DeepSpeed's launcher (default: as many as GPUs)",
+    )
+    parser.add_argument(
+        "--restarts",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="restarts, at most, after exit codes 6, 8, 75 and 137 (default: 0)",
+    )
+    parser.add_argument(
+        "--pause",
+        type=seconds,
+        default=10,
+        metavar="SECONDS",
+        help="before the first restart; twice as long before each further one (default: 10)",
+    )
+
 
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", help="the output folder of a run, or a result")
+
 
 def _convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="mm_projector.bin, another file of torch.save, a model folder, or a hub id")
     parser.add_argument("target", help="folder to write to, or FILE.safetensors for a single file")
 
+# %% ../../nbs/run/01_command_line.ipynb #c8051f08
 def _completion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 # %% ../../nbs/run/01_command_line.ipynb #598ecdbf
 Read = Callable[[argparse.ArgumentParser, list[str]], dict]
 
-def _words(parser: argparse.ArgumentParser, words: list[str]) -> dict: return {"argv": words}
-def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> dict: return vars(parser.parse_args(words))
+
+def _words(parser: argparse.ArgumentParser, words: list[str]) -> dict:
+    return {"argv": words}
+
+
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> dict:
+    return vars(parser.parse_args(words))
+
 
 def _options_then_words(parser: argparse.ArgumentParser, words: list[str]) -> dict:
     options, rest = parser.parse_known_args(words)
     return vars(options) | {"argv": rest}
 
+
 @dataclass(frozen=True)
 class Command:
     "One subcommand of `llava_nb`."
-    does: str                                                 # for the list
-    function: str                                             # "module:function", imported when the command runs
-    arguments: Callable[[argparse.ArgumentParser], None]      # adds them to a parser
-    read: Read = _parsed                                      # words to the function's arguments
+
+    does: str  # for the list
+    function: str  # "module:function", imported when the command runs
+    arguments: Callable[[argparse.ArgumentParser], None]  # adds them to a parser
+    read: Read = _parsed  # words to the function's arguments
     usage: str | None = None
 
 # %% ../../nbs/run/01_command_line.ipynb #0df7409a
 COMMANDS = {
-    "train": Command("train one stage of LLaVA; the word may be left out",
-                     "llava_nb.train:run", _train, _words,
-                     "llava_nb [train] [CONFIG.json] [--setting value ...]"),
-    "doctor": Command("check every record and image, train nothing; exit code 2 if a run would stop",
-                      "llava_nb.run.examine:doctor", _train, _words,
-                      "llava_nb doctor [CONFIG.json] [--deep] [--setting value ...]"),
-    "launch": Command("train, and restart after exit codes 6, 8, 75 and 137",
-                      "llava_nb.safe.launch:launch", _launch, _options_then_words,
-                      "llava_nb launch [--ranks N] [--restarts N] [--pause SECONDS] CONFIG.json [--setting value ...]"),
-    "verify": Command("check a run's folder: which checkpoints are complete, can be resumed, or were changed",
-                      "llava_nb.run.examine:verify", _verify),
-    "convert": Command("convert weights in a pickle (.bin, .pt, .pth) to safetensors",
-                       "llava_nb.safe.convert:convert", _convert),
-    "chat": Command("ask a trained model about an image",
-                    "llava_nb.run.chat_command:main", chat_command.add_arguments, _words),
-    "completion": Command("print a completion script for a shell",
-                          "llava_nb.run.command_line:completion", _completion),
+    "train": Command(
+        "train one stage of LLaVA; the word may be left out",
+        "llava_nb.train:run",
+        _train,
+        _words,
+        "llava_nb [train] [CONFIG.json] [--setting value ...]",
+    ),
+    "doctor": Command(
+        "check every record and image, train nothing; exit code 2 if a run would stop",
+        "llava_nb.run.examine:doctor",
+        _train,
+        _words,
+        "llava_nb doctor [CONFIG.json] [--deep] [--setting value ...]",
+    ),
+    "launch": Command(
+        "train, and restart after exit codes 6, 8, 75 and 137",
+        "llava_nb.safe.launch:launch",
+        _launch,
+        _options_then_words,
+        "llava_nb launch [--ranks N] [--restarts N] [--pause SECONDS] CONFIG.json [--setting value ...]",
+    ),
+    "verify": Command(
+        "check a run's folder: which checkpoints are complete, can be resumed, or were changed",
+        "llava_nb.run.examine:verify",
+        _verify,
+    ),
+    "convert": Command(
+        "convert weights in a pickle (.bin, .pt, .pth) to safetensors", "llava_nb.safe.convert:convert", _convert
+    ),
+    "chat": Command(
+        "ask a trained model about an image", "llava_nb.run.chat_command:main", chat_command.add_arguments, _words
+    ),
+    "completion": Command("print a completion script for a shell", "llava_nb.run.command_line:completion", _completion),
 }
 
+# %% ../../nbs/run/01_command_line.ipynb #9762e64b
 def command_parser(
-    name: str, # of a command
+    name: str,  # of a command
 ) -> argparse.ArgumentParser:
     "The parser of one command."
     command = COMMANDS[name]
@@ -151,26 +208,32 @@ Commands:
 Exit codes:
 {codes}"""
 
+
 def help_text() -> str:
     "The commands and the exit codes."
-    return USAGE.format(commands="\n".join(f"  {name:12}{command.does}" for name, command in COMMANDS.items()),
-                        codes="\n".join(f"  {code:>2}  {meaning}" for code, meaning in EXIT_CODES.items()))
+    return USAGE.format(
+        commands="\n".join(f"  {name:12}{command.does}" for name, command in COMMANDS.items()),
+        codes="\n".join(f"  {code:>2}  {meaning}" for code, meaning in EXIT_CODES.items()),
+    )
 
 # %% ../../nbs/run/01_command_line.ipynb #c7ebd2ec
-_FILES = ("config", "run_dir", "source", "target", "model", "image")      # arguments that name a file or folder
+_FILES = ("config", "run_dir", "source", "target", "model", "image")  # arguments that name a file or folder
+
 
 def completion(
-    shell: str, # "bash", "zsh" or "tcsh"
-) -> int: # exit code
+    shell: str,  # "bash", "zsh" or "tcsh"
+) -> int:  # exit code
     "Print a shell's completion script."
     import shtab
+
     whole = argparse.ArgumentParser(prog="llava_nb")
     below = whole.add_subparsers(dest="command")
     for name, command in COMMANDS.items():
         parser = below.add_parser(name, help=command.does)
         command.arguments(parser)
         for action in parser._actions:
-            if action.dest in _FILES or action.dest.endswith(("_path", "_folder")): action.complete = shtab.FILE
+            if action.dest in _FILES or action.dest.endswith(("_path", "_folder")):
+                action.complete = shtab.FILE
     say(shtab.complete(whole, shell))
     return 0
 
@@ -178,16 +241,20 @@ def completion(
 def refuse(
     error: Exception,
     speaker: str = "llava_nb",
-) -> int: # exit code
+) -> int:  # exit code
     "Print an error of the user's in one line, on the first rank."
-    if _rank() == 0: say(f"{speaker}: {one_line(error)}", error=True)
+    if _rank() == 0:
+        say(f"{speaker}: {one_line(error)}", error=True)
     return getattr(error, "exit_code", REFUSED)
 
-def _rank() -> int: return int(os.environ.get("RANK", 0))
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
 
 def main(
-    argv: list[str] | None = None, # the command line; None: the program's own
-) -> int: # exit code, see `help_text`
+    argv: list[str] | None = None,  # the command line; None: the program's own
+) -> int:  # exit code, see `help_text`
     "Run one command."
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in HELP:
@@ -198,27 +265,34 @@ def main(
     if HELP & set(words):
         say(parser.format_help())
         return 0
-    if command.read is _words: return pkgutil.resolve_name(command.function)(words)      # reports its own errors
+    if command.read is _words:
+        return pkgutil.resolve_name(command.function)(words)  # reports its own errors
     try:
         arguments = command.read(parser, words)
         return pkgutil.resolve_name(command.function)(**arguments)
-    except (ValueError, OSError) as e: return refuse(e, f"llava_nb {name}")
+    except (ValueError, OSError) as e:
+        return refuse(e, f"llava_nb {name}")
 
 # %% ../../nbs/run/01_command_line.ipynb #9666e830
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
+
 def _not_begun(number: int, frame) -> NoReturn:
     line = f"llava_nb: {signal.Signals(number).name} outside of training; the same command does it again\n"
-    os.write(2, line.encode())      # not `say`, which may be what was interrupted
+    os.write(2, line.encode())  # not `say`, which may be what was interrupted
     exit_now(STOPPED, _rank())
+
 
 def ignore_signals() -> None:
     "The result is on disk: a signal must not turn a finished run into one to repeat."
     for s in SIGNALS:
-        if signal.getsignal(s) is _not_begun: signal.signal(s, signal.SIG_IGN)
+        if signal.getsignal(s) is _not_begun:
+            signal.signal(s, signal.SIG_IGN)
+
 
 def program() -> NoReturn:
     "The command `llava_nb`."
-    take_over()
-    for s in SIGNALS: signal.signal(s, _not_begun)
+    escape_library_output()
+    for s in SIGNALS:
+        signal.signal(s, _not_begun)
     exit_process(record_exit_code(main(), _rank()))

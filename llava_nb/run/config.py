@@ -24,40 +24,52 @@ from .translate import RENAMED, TRANSLATED
 def _setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
+
 @dataclass
 class ModelConfig:
     "Which model: a whole llava-hf folder, or a language model and a vision tower."
+
     model: str | None = _setting(None, "A llava-hf folder or hub id to start from, instead of parts.")
     language_model: str | None = _setting(None, "Folder or hub id of the language model.")
     vision_tower: str | None = _setting(None, "Folder or hub id of the vision tower.")
-    projector: str | None = _setting(None,
-        "Stage 1's output folder or its projector.safetensors; 'random' to start stage 2 without one.")
+    projector: str | None = _setting(
+        None, "Stage 1's output folder or its projector.safetensors; 'random' to start stage 2 without one."
+    )
     projector_type: str = _setting("mlp2x_gelu", "'mlp2x_gelu' or 'linear'.")
     vision_feature_layer: int = _setting(-2, "Which hidden state of the tower gives the features.")
-    vision_feature_select_strategy: str | None = _setting(None,
-        "'default' drops the class token, 'full' keeps every feature; by default what the tower asks for.")
-    special_tokens: list[str] | None = _setting(None,
+    vision_feature_select_strategy: str | None = _setting(
+        None, "'default' drops the class token, 'full' keeps every feature; by default what the tower asks for."
+    )
+    special_tokens: list[str] | None = _setting(
+        None,
         "Tokens of the tokenizer that questions and answers may say, ['<box>', '</box>'] or '<box>,</box>'; those "
-        "it lacks are added, with a row each. By default what looks like one is spelled out.")
-    attention: str = _setting("auto",
+        "it lacks are added, with a row each. By default what looks like one is spelled out.",
+    )
+    attention: str = _setting(
+        "auto",
         "Kernel of the packed rows: 'varlen', 'flash', 'flex', 'sdpa', or 'auto': the first that proves itself on "
-        "the device.")
-    loss_kernel: str = _setting("chunked",
+        "the device.",
+    )
+    loss_kernel: str = _setting(
+        "chunked",
         "How logits and loss of target tokens are computed: 'chunked', or 'liger' (package liger-kernel, on a GPU) "
-        "where `bench/loss.py` finds it faster.")
+        "where `bench/loss.py` finds it faster.",
+    )
 
 # %% ../../nbs/run/02_config.ipynb #dd635c8b
 def paths_in(
-    given: str | Sequence[str] | None, # a path, several with commas between them, or a list of both
+    given: str | Sequence[str] | None,  # a path, several with commas between them, or a list of both
 ) -> list[str] | None:
     "Paths as people write them; a comma in a name that exists separates nothing."
     words = [given] if isinstance(given, str) else given or ()
     return [os.path.expanduser(path) for word in words for path in _parted(str(word)) if path] or None
 
+
 def _parted(word: str) -> list[str]:
-    whole = re.split(r",\s*(?=\w[\w+.-]*://)", word)      # a URL may hold commas, but not before its scheme
+    whole = re.split(r",\s*(?=\w[\w+.-]*://)", word)  # a URL may hold commas, but not before its scheme
     parts = [path for text in whole for path in (text.split(",") if _missing(text) else [text])]
     return [path for path in map(str.strip, parts) if path] if parts[1:] else [word]
+
 
 def _missing(path: str | None) -> bool:
     "Whether this is a local path that does not exist."
@@ -67,38 +79,56 @@ def _missing(path: str | None) -> bool:
 @dataclass
 class DataConfig:
     "Which records, and how they become tokens and pixels."
-    data_path: list[str] | None = _setting(None,
+
+    data_path: list[str] | None = _setting(
+        None,
         "Records: a JSON list, JSONL, Parquet, a folder of them, or several of these (a list, words, or commas); "
-        "or a folder or URL of tar shards with records in them.")
-    image_folder: str | None = _setting(None,
-        "Folder that the records' `image` paths start from; or a folder or URL of tar shards that hold them.")
-    feature_cache: str | None = _setting(None,
+        "or a folder or URL of tar shards with records in them.",
+    )
+    image_folder: str | None = _setting(
+        None, "Folder that the records' `image` paths start from; or a folder or URL of tar shards that hold them."
+    )
+    feature_cache: str | None = _setting(
+        None,
         "Folder to keep the frozen tower's features in, for runs that see images again; 1.2 MB a image for "
-        "CLIP-L/336 in bf16. By default they are computed.")
-    eval_data_path: list[str] | None = _setting(None,
-        "Held-out records for an evaluation loss; several as in data_path.")
+        "CLIP-L/336 in bf16. By default they are computed.",
+    )
+    eval_data_path: list[str] | None = _setting(
+        None, "Held-out records for an evaluation loss; several as in data_path."
+    )
     template: str | None = _setting(None, "Conversation template; by default 'plain' in stage 1 and 'v1' in stage 2.")
-    image_aspect_ratio: str | None = _setting(None,
-        "'square' or 'pad'; by default 'square' in stage 1 and 'pad' in stage 2.")
+    image_aspect_ratio: str | None = _setting(
+        None, "'square' or 'pad'; by default 'square' in stage 1 and 'pad' in stage 2."
+    )
     model_max_length: int = _setting(2048, "Longest record in tokens, image features included; longer ones are cut.")
     apply_exif: bool = _setting(False, "Turn images as their EXIF tag says; LLaVA does not.")
-    records_cache: str | None = _setting(None,
-        "Folder of the checked and converted records; by default $LLAVA_NB_CACHE or ~/.cache/llava_nb.")
-    bad_records: str = _setting("error",
+    records_cache: str | None = _setting(
+        None, "Folder of the checked and converted records; by default $LLAVA_NB_CACHE or ~/.cache/llava_nb."
+    )
+    bad_records: str = _setting(
+        "error",
         "'error': refuse to start; 'skip': leave bad records out and write them to quarantine.jsonl; or the kinds "
-        "to leave out, 'missing,empty' say, as the doctor names them.")
-    max_bad: str | None = _setting(None,
+        "to leave out, 'missing,empty' say, as the doctor names them.",
+    )
+    max_bad_records: str | None = _setting(
+        None,
         "Most records that may be left out, a number or a share like '0.1%'; if there are more, the run ends with "
-        "code 3.")
-    findings: str | None = _setting(None,
-        "The findings.jsonl of `llava_nb doctor`: records whose images it could not read are bad records of "
-        "this run.")
-    repair: bool = _setting(True,
+        "code 3.",
+    )
+    findings: str | None = _setting(
+        None,
+        "The findings.jsonl of `llava_nb doctor`: records whose images it could not read are bad records of this run.",
+    )
+    repair: bool = _setting(
+        True,
         "Drop, and count, a first answer without a question (as the reference does) and a last question without "
-        "an answer; False: such records are bad.")
-    reduced_jpeg: bool = _setting(False,
+        "an answer; False: such records are bad.",
+    )
+    reduced_jpeg: bool = _setting(
+        False,
         "Decode large JPEGs at a half, a quarter or an eighth, not below the tower's size: faster, other pixels "
-        "than the reference's.")
+        "than the reference's.",
+    )
 
     def __post_init__(self):
         self.data_path, self.eval_data_path = paths_in(self.data_path), paths_in(self.eval_data_path)
@@ -107,46 +137,56 @@ class DataConfig:
 @dataclass
 class RunConfig:
     "The kind of run."
+
     dry_run: bool = _setting(False, "Build everything but weights, print the plan of the run and stop.")
-    resume: str | None = _setting(None,
+    resume: str | None = _setting(
+        None,
         "Go on where the output folder has checkpoints (the default, and 'True', which insists); a path: from "
-        "that one; 'False': refuse to.")
+        "that one; 'False': refuse to.",
+    )
     deep: bool = _setting(False, "With `doctor`: decode every image fully, which finds truncated files.")
     allow_changes: bool = _setting(False, "Resume from a checkpoint that was made with other settings or records.")
     threads: int | None = _setting(None, "CPU threads of each rank; by default torch's choice.")
-    look_seconds: float = _setting(20,
+    image_check_seconds: float = _setting(
+        20,
         "Seconds in which the ranks open images before the first step, as many as they can, and refuse those "
-        "that cannot be read; 0: none.")
+        "that cannot be read; 0: none.",
+    )
+
 
 CONFIGS = (ModelConfig, DataConfig, RunConfig)
+
 
 @dataclass
 class Run:
     "A complete, typed configuration."
+
     model: ModelConfig
     data: DataConfig
     run: RunConfig
-    settings: dict      # what was set, by our names
-    notes: list[str]    # for the user
-    absent: dict[str, list[str]] = field(default_factory=dict)      # by setting: files that a dry run does without
+    settings: dict  # what was set, by our names
+    notes: list[str]  # for the user
+    absent: dict[str, list[str]] = field(default_factory=dict)  # by setting: files that a dry run does without
 
     @property
-    def stage(self) -> int: return int(self.settings.get("stage", 2))
+    def stage(self) -> int:
+        return int(self.settings.get("stage", 2))
 
 # %% ../../nbs/run/02_config.ipynb #50c5df19
 def field_names(
-    *classes: type, # dataclasses
+    *classes: type,  # dataclasses
 ) -> list[str]:
     "Names of the fields that a constructor takes."
     return [f.name for c in classes for f in fields(c) if f.init]
 
 # %% ../../nbs/run/02_config.ipynb #f442cfb7
 SWITCHES = [f.name for c in CONFIGS for f in fields(c) if f.type is bool]
-SEVERAL = [f.name for c in CONFIGS for f in fields(c) if list[str] in get_args(f.type)]      # take several words
+SEVERAL = [f.name for c in CONFIGS for f in fields(c) if list[str] in get_args(f.type)]  # take several words
+
 
 def read_settings(
-    argv: Iterable[str], # command line without the program's name
-) -> dict: # flat, names as given
+    argv: Iterable[str],  # command line without the program's name
+) -> dict:  # flat, names as given
     "Read `CONFIG.json` and flags into one flat dictionary; flags win."
     settings, flags, words = {}, {}, list(argv)
     while words:
@@ -157,40 +197,51 @@ def read_settings(
         key, given, value = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
         bare = not words or words[0].startswith("--") or key in SWITCHES and words[0].endswith(".json")
-        if not given: value = "True" if bare else words.pop(0)
+        if not given:
+            value = "True" if bare else words.pop(0)
         flags[key] = _with_more(value, words) if key in SEVERAL else value
     return {k: v for k, v in (settings | flags).items() if k != "local_rank"}
+
 
 def _with_more(value: str, words: list[str]) -> str | list[str]:
     "A value and the words that belong to it, which are taken; a configuration file does not."
     found = [value]
-    while words and not words[0].startswith("--") and not _is_configuration(words[0]): found.append(words.pop(0))
+    while words and not words[0].startswith("--") and not _is_configuration(words[0]):
+        found.append(words.pop(0))
     return found if found[1:] else value
+
 
 def _is_configuration(word: str) -> bool:
     "Whether a file of data or settings is one of settings."
-    try: found = json.loads(Path(word).read_text(encoding="utf-8-sig")) if os.path.getsize(word) < 1 << 20 else None
-    except (OSError, ValueError, RecursionError): return False
+    try:
+        found = json.loads(Path(word).read_text(encoding="utf-8-sig")) if os.path.getsize(word) < 1 << 20 else None
+    except (OSError, ValueError, RecursionError):
+        return False
     known = {*field_names(*CONFIGS), *RENAMED, *TRANSLATED}
     return isinstance(found, dict) and "conversations" not in found and not known.isdisjoint(found)
 
 # %% ../../nbs/run/02_config.ipynb #e5723d1e
 def read_json(
-    path: str | Path, # a configuration file
+    path: str | Path,  # a configuration file
 ) -> dict:
     "A flat configuration file, or an error that names it."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such configuration file")
-    try: found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as e: raise ValueError(f"{path}: not JSON, line {e.lineno}: {e.msg}") from None
-    except UnicodeDecodeError: raise ValueError(f"{path}: not a JSON file, it is not UTF-8 text") from None
-    if isinstance(found, dict): return found
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: not JSON, line {e.lineno}: {e.msg}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a JSON file, it is not UTF-8 text") from None
+    if isinstance(found, dict):
+        return found
     raise ValueError(f"{path}: a configuration is a JSON object of settings, this is a {type(found).__name__}")
 
 # %% ../../nbs/run/02_config.ipynb #8198cdc7
 def check_names(
-    settings: dict, # our names
-    known: list[str], # all fields of a run
+    settings: dict,  # our names
+    known: list[str],  # all fields of a run
 ) -> None:
     "Refuse unknown names; suggest the closest known one."
     wrong = Problems()
@@ -202,31 +253,43 @@ def check_names(
 
 # %% ../../nbs/run/02_config.ipynb #2111d051
 def by_stage(
-    data: DataConfig, # changed in place
+    data: DataConfig,  # changed in place
     stage: int,
 ) -> None:
     "Fill in the defaults that depend on the stage."
     data.template = data.template or ("plain" if stage == 1 else "v1")
     data.image_aspect_ratio = data.image_aspect_ratio or ("square" if stage == 1 else "pad")
 
-Rule = tuple[bool, str]      # whether it is broken, the message
+
+Rule = tuple[bool, str]  # whether it is broken, the message
+
 
 def _combinations(model: ModelConfig, data: DataConfig, stage: int, projector_lr: float | None) -> list[Rule]:
     whole, parts = bool(model.model), (bool(model.language_model), bool(model.vision_tower))
     return [
-        (stage not in (1, 2),
-         f"stage {shown(stage)} is unknown; use 1 (feature alignment) or 2 (visual instruction tuning)"),
+        (
+            stage not in (1, 2),
+            f"stage {shown(stage)} is unknown; use 1 (feature alignment) or 2 (visual instruction tuning)",
+        ),
         (whole == any(parts), "give either `model` (a llava-hf folder) or `language_model` and `vision_tower`"),
         (not whole and parts[0] != parts[1], "`language_model` and `vision_tower` go together; one is missing"),
-        (stage == 2 and not whole and not model.projector,
-         "stage 2 starts from the projector of stage 1: give `projector` (its output folder), or 'random'"),
-        (stage == 1 and projector_lr is not None,
-         "stage 1 trains nothing but the projector: set `learning_rate`, not `projector_lr`"),
-        (stage == 2 and data.template == "plain",
-         "template 'plain' discards questions and belongs to stage 1; use 'v1' or the language model's own "
-         "('chat_template')"),
-        (data.image_aspect_ratio not in (None, "square", "pad"),
-         f"image_aspect_ratio {shown(data.image_aspect_ratio)} is unknown; use 'square' or 'pad'"),
+        (
+            stage == 2 and not whole and not model.projector,
+            "stage 2 starts from the projector of stage 1: give `projector` (its output folder), or 'random'",
+        ),
+        (
+            stage == 1 and projector_lr is not None,
+            "stage 1 trains nothing but the projector: set `learning_rate`, not `projector_lr`",
+        ),
+        (
+            stage == 2 and data.template == "plain",
+            "template 'plain' discards questions and belongs to stage 1; use 'v1' or the language model's own "
+            "('chat_template')",
+        ),
+        (
+            data.image_aspect_ratio not in (None, "square", "pad"),
+            f"image_aspect_ratio {shown(data.image_aspect_ratio)} is unknown; use 'square' or 'pad'",
+        ),
     ]
 
 # %% ../../nbs/run/02_config.ipynb #00796534
@@ -234,42 +297,52 @@ def check(
     model: ModelConfig,
     data: DataConfig,
     stage: int,
-    projector_lr: float | None = None, # the projector's own rate
-    absent: dict[str, list[str]] | None = None, # takes missing data, images and projector; None: that is an error
+    projector_lr: float | None = None,  # the projector's own rate
+    absent: dict[str, list[str]] | None = None,  # takes missing data, images and projector; None: that is an error
 ) -> None:
     "Raise on combinations that cannot work or contradict each other, and on files that do not exist."
     wrong = Problems()
     for refused, message in _combinations(model, data, stage, projector_lr):
-        if refused: wrong.add(ValueError(message))
+        if refused:
+            wrong.add(ValueError(message))
     missing = _missing_files(model, data)
-    if absent is not None: absent |= missing
-    else: wrong.found += [FileNotFoundError(line) for lines in missing.values() for line in lines]
+    if absent is not None:
+        absent |= missing
+    else:
+        wrong.found += [FileNotFoundError(line) for lines in missing.values() for line in lines]
     wrong.found += [FileNotFoundError(line) for line in _missing_parts(model)]
     wrong.tell()
 
 # %% ../../nbs/run/02_config.ipynb #6b5975d6
-def _missing_files(model: ModelConfig, data: DataConfig) -> dict[str, list[str]]: # by setting
+def _missing_files(model: ModelConfig, data: DataConfig) -> dict[str, list[str]]:  # by setting
     "Data, images and projector that are not on this machine."
-    paths = {"data_path": data.data_path, "eval_data_path": data.eval_data_path, "image_folder": [data.image_folder],
-             "projector": [None if model.projector == "random" else model.projector]}
+    paths = {
+        "data_path": data.data_path,
+        "eval_data_path": data.eval_data_path,
+        "image_folder": [data.image_folder],
+        "projector": [None if model.projector == "random" else model.projector],
+    }
     found = {}
     for name, given in paths.items():
         lines = [f"{name}: {path} does not exist" for path in given or () if _missing(path)]
-        if lines: found[name] = lines
+        if lines:
+            found[name] = lines
     if not data.data_path:
-        found["data_path"] = ["`data_path` is missing: the records to train on, a JSON list, JSONL, Parquet "
-                              "or a folder of them"]
+        found["data_path"] = [
+            "`data_path` is missing: the records to train on, a JSON list, JSONL, Parquet or a folder of them"
+        ]
     return found
 
+
 def _missing_parts(model: ModelConfig) -> list[str]:
-    "Model folders that do not exist; \"owner/name\" may be a hub id, anything else is a path."
+    'Model folders that do not exist; "owner/name" may be a hub id, anything else is a path.'
     values = {name: getattr(model, name) for name in ("model", "language_model", "vision_tower")}
     folders = {name: v for name, v in values.items() if v and not (v.count("/") == 1 and v[0] not in "./~")}
     return [f"{name}: {path} does not exist" for name, path in folders.items() if _missing(path)]
 
 # %% ../../nbs/run/02_config.ipynb #495792c6
 def to_json(
-    *parts, # dataclass instances
+    *parts,  # dataclass instances
 ) -> str:
     "Flat JSON of the settings that differ from their defaults."
     changed = {f.name: getattr(p, f.name) for p in parts for f in fields(p) if getattr(p, f.name) != f.default}

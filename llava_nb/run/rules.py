@@ -27,37 +27,73 @@ from ..safe.ranks import installed
 
 # %% ../../nbs/run/20_rules.ipynb #36852cfb
 CHOICES = {
-    "sampler": ("modality", "random", "compat"), "objective": objective.OBJECTIVES, "recompute": RECOMPUTE,
-    "zero": (0, 1, 2, 3), "attention": ("auto", *attention.BACKENDS), "loss_kernel": tuple(cross_entropy.LOSS_KERNELS),
-    "optim": optim.OPTIMIZERS, "eval_strategy": ("no", "steps", "epoch"), "save_strategy": ("no", "steps", "epoch"),
+    "sampler": ("modality", "random", "compat"),
+    "objective": objective.OBJECTIVES,
+    "recompute": RECOMPUTE,
+    "zero": (0, 1, 2, 3),
+    "attention": ("auto", *attention.BACKENDS),
+    "loss_kernel": tuple(cross_entropy.LOSS_KERNELS),
+    "optim": optim.OPTIMIZERS,
+    "eval_strategy": ("no", "steps", "epoch"),
+    "save_strategy": ("no", "steps", "epoch"),
     "dataloader_multiprocessing_context": ("fork", "spawn", "forkserver"),
 }
+
+# %% ../../nbs/run/20_rules.ipynb #2203240c
 AT_LEAST = {
-    1: ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_tokens",
-        "threads", "save_total_limit", "dataloader_prefetch_factor", "torch_empty_cache_steps"),
-    0: ("learning_rate", "projector_lr", "weight_decay", "max_grad_norm", "adam_epsilon", "adam_beta1", "adam_beta2",
-        "warmup_steps", "dataloader_num_workers", "hang_timeout", "look_seconds", "eval_delay", "seed", "data_seed"),
+    1: (
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "max_tokens",
+        "threads",
+        "save_total_limit",
+        "dataloader_prefetch_factor",
+        "torch_empty_cache_steps",
+    ),
+    0: (
+        "learning_rate",
+        "projector_lr",
+        "weight_decay",
+        "max_grad_norm",
+        "adam_epsilon",
+        "adam_beta1",
+        "adam_beta2",
+        "warmup_steps",
+        "dataloader_num_workers",
+        "hang_timeout",
+        "image_check_seconds",
+        "eval_delay",
+        "seed",
+        "data_seed",
+    ),
 }
 
 # %% ../../nbs/run/20_rules.ipynb #8a178f8b
-def _word(value) -> str: return str(getattr(value, "value", value))     # of transformers' enumerations
+def _word(value) -> str:
+    return str(getattr(value, "value", value))  # of transformers' enumerations
+
 
 def _unknown_choices(values: dict) -> list[str]:
     found = []
     for name, known in CHOICES.items():
         value = values[name]
-        if value is None or value in known or _word(value) in known: continue
+        if value is None or value in known or _word(value) in known:
+            continue
         given = shown(_word(value) if isinstance(value, str) else value)
         found.append(f"{name} {given} is unknown; use one of {', '.join(map(str, known))}")
     return found
+
 
 def _outside_limits(values: dict) -> list[str]:
     given = [(name, least) for least, names in AT_LEAST.items() for name in names if values[name] is not None]
     low = [(name, least) for name, least in given if not least <= values[name] < math.inf]
     high = [name for name in ("adam_beta1", "adam_beta2") if values[name] >= 1]
-    return ([f"{name} {values[name]:g} must be at least {least}" for name, least in low]
-            + [f"{name} {values[name]:g} must be below 1" for name in high])
+    return [f"{name} {values[name]:g} must be at least {least}" for name, least in low] + [
+        f"{name} {values[name]:g} must be below 1" for name in high
+    ]
 
+# %% ../../nbs/run/20_rules.ipynb #22183d05
 def _lengths(args: argparse.Namespace) -> list[str]:
     "How long the run is."
     if args.max_steps == 0 or args.max_steps < -1:
@@ -66,12 +102,14 @@ def _lengths(args: argparse.Namespace) -> list[str]:
         return [f"num_train_epochs {args.num_train_epochs:g} must be more than 0"]
     return []
 
+
 def _intervals(values: dict) -> list[str]:
     "How often the run logs, evaluates and saves: steps, or a share of them."
     found = []
     for name in ("logging", "eval", "save"):
         every = values[f"{name}_steps"]
-        if _word(values[f"{name}_strategy"]) != "steps" or every is None: continue
+        if _word(values[f"{name}_strategy"]) != "steps" or every is None:
+            continue
         if not (0 < every < 1 or every >= 1 and every == int(every)):
             found.append(f"{name}_steps {every:g} must be a whole number of steps, or a share of them below 1")
     return found
@@ -80,37 +118,59 @@ def _intervals(values: dict) -> list[str]:
 def _contradictions(run: config.Run, args: argparse.Namespace) -> list[str]:
     evaluates, workers = _word(args.eval_strategy) != "no", args.dataloader_num_workers
     rules = [
-        (evaluates != bool(run.data.eval_data_path), "`eval_data_path` (what to evaluate on) and `eval_strategy` "
-         "('steps' or 'epoch': when) go together; one is missing"),
+        (
+            evaluates != bool(run.data.eval_data_path),
+            "`eval_data_path` (what to evaluate on) and `eval_strategy` "
+            "('steps' or 'epoch': when) go together; one is missing",
+        ),
         (args.eval_on_start and not evaluates, "`eval_on_start` needs `eval_data_path` and `eval_strategy`"),
-        (bool(args.output_dir) and Path(args.output_dir).is_file(),
-         f"output_dir {args.output_dir} is a file; name a folder"),
-        (args.zero is not None and bool(args.deepspeed),
-         "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage"),
-        (args.offload and not args.zero,
-         "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded"),
+        (
+            bool(args.output_dir) and Path(args.output_dir).is_file(),
+            f"output_dir {args.output_dir} is a file; name a folder",
+        ),
+        (
+            args.zero is not None and bool(args.deepspeed),
+            "give either `zero` or a `deepspeed` JSON; its zero_optimization says the stage",
+        ),
+        (
+            args.offload and not args.zero,
+            "`offload` needs `zero` 1, 2 or 3; a `deepspeed` JSON says itself what is offloaded",
+        ),
         (args.bf16 and args.fp16, "bf16 and fp16 exclude each other"),
-        (args.use_cpu and torch.cuda.is_available(), "use_cpu: this machine has a GPU, and some parts would use it; "
-         "set CUDA_VISIBLE_DEVICES= (empty) to hide it"),
-        (args.dataloader_prefetch_factor is not None and not workers,
-         "`dataloader_prefetch_factor` needs `dataloader_num_workers`: without workers nothing is read ahead"),
-        (args.dataloader_multiprocessing_context is not None and not workers,
-         "`dataloader_multiprocessing_context` needs `dataloader_num_workers`"),
+        (
+            args.use_cpu and torch.cuda.is_available(),
+            "use_cpu: this machine has a GPU, and some parts would use it; "
+            "set CUDA_VISIBLE_DEVICES= (empty) to hide it",
+        ),
+        (
+            args.dataloader_prefetch_factor is not None and not workers,
+            "`dataloader_prefetch_factor` needs `dataloader_num_workers`: without workers nothing is read ahead",
+        ),
+        (
+            args.dataloader_multiprocessing_context is not None and not workers,
+            "`dataloader_multiprocessing_context` needs `dataloader_num_workers`",
+        ),
     ]
     return [message for wrong, message in rules + _best_rules(args) if wrong]
 
+# %% ../../nbs/run/20_rules.ipynb #ab383f70
 def _best_rules(args: argparse.Namespace) -> list[tuple[bool, str]]:
     "Every checkpoint must have been evaluated, or none is known to be the best."
-    if not args.load_best_model_at_end: return []
+    if not args.load_best_model_at_end:
+        return []
     evaluates, saves = _word(args.eval_strategy), _word(args.save_strategy)
     every, evaluated = args.save_steps, args.eval_steps or args.logging_steps
     odd = evaluates == saves == "steps" and evaluated > 0 and not _multiple(every, evaluated)
     return [
         (evaluates == "no", "`load_best_model_at_end` needs `eval_data_path` and `eval_strategy`"),
-        (evaluates not in ("no", saves), "`load_best_model_at_end` needs one strategy for both: "
-         f"eval_strategy is {evaluates}, save_strategy {saves}"),
+        (
+            evaluates not in ("no", saves),
+            "`load_best_model_at_end` needs one strategy for both: "
+            f"eval_strategy is {evaluates}, save_strategy {saves}",
+        ),
         (odd, f"`load_best_model_at_end` needs save_steps to be a multiple of eval_steps: {every:g} and {evaluated:g}"),
     ]
+
 
 def _multiple(a: float, b: float) -> bool:
     "Whether both are steps, or both shares, and `a` is a multiple of `b`."
@@ -120,19 +180,25 @@ def _multiple(a: float, b: float) -> bool:
 def _check_deepspeed(args: argparse.Namespace) -> None:
     path = args.deepspeed
     if (path or args.zero is not None) and installed("deepspeed") == "none":
-        raise ValueError("DeepSpeed is not installed, and `zero` and `deepspeed` need it: pip install deepspeed, "
-                         "or train on one rank without them")
-    if not path: return
+        raise ValueError(
+            "DeepSpeed is not installed, and `zero` and `deepspeed` need it: pip install deepspeed, "
+            "or train on one rank without them"
+        )
+    if not path:
+        return
     if not Path(path).is_file():
-        raise FileNotFoundError(f"deepspeed: {path} does not exist; --zero 2 and --zero 3 are the settings of the "
-                                "published scripts")
+        raise FileNotFoundError(
+            f"deepspeed: {path} does not exist; --zero 2 and --zero 3 are the settings of the published scripts"
+        )
     wrong = Problems()
     for line in zero.check_deepspeed_config(_read_deepspeed(path), path, vars(args), zero.world_size()):
         wrong.add(ValueError(line))
     wrong.tell()
 
+
 def _read_deepspeed(path: str) -> dict:
-    try: return zero.read_deepspeed_config(path, "auto")
+    try:
+        return zero.read_deepspeed_config(path, "auto")
     except ValueError as e:
         hint = "; --zero 3 --offload True is zero3_offload.json without it" if "offload" in Path(path).name else ""
         raise ValueError(f"{e}{hint}") from None
@@ -140,19 +206,26 @@ def _read_deepspeed(path: str) -> dict:
 # %% ../../nbs/run/20_rules.ipynb #0b00b51b
 def check_training(
     run: config.Run,
-    args: argparse.Namespace, # the training fields, see `run.settings.training_fields`
+    args: argparse.Namespace,  # the training fields, see `run.settings.training_fields`
 ) -> None:
     "Raise all that is wrong with the values, together."
     values, wrong = vars(args) | vars(run.model) | vars(run.data) | vars(run.run), Problems()
     single = [*_unknown_choices(values), *_outside_limits(values), *_intervals(values), *_lengths(args)]
-    for line in single + _contradictions(run, args): wrong.add(ValueError(line))
+    for line in single + _contradictions(run, args):
+        wrong.add(ValueError(line))
     rate = args.learning_rate if args.learning_rate > 0 else 1.0
-    for check in (lambda: stored.stopping([], run.data.bad_records),
-                  lambda: stored.check_budget(0, 0, run.data.max_bad),
-                  lambda: _check_template(run.data.template), lambda: _check_deepspeed(args),
-                  lambda: optim.factors(args.lr_scheduler_type, 1, 10, args.lr_scheduler_kwargs, rate)):
-        with wrong.noted(): check()
+    for check in (
+        lambda: stored.stopping([], run.data.bad_records),
+        lambda: stored.check_budget(0, 0, run.data.max_bad_records),
+        lambda: _check_template(run.data.template),
+        lambda: _check_deepspeed(args),
+        lambda: optim.factors(args.lr_scheduler_type, 1, 10, args.lr_scheduler_kwargs, rate),
+    ):
+        with wrong.noted():
+            check()
     wrong.tell()
 
+
 def _check_template(name: str | None) -> None:
-    if name not in (None, "chat_template"): conversation.get_template(name)
+    if name not in (None, "chat_template"):
+        conversation.get_template(name)

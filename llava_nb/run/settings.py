@@ -25,64 +25,78 @@ from ..safe.reliable_trainer import OWN, ReliableTrainingArguments
 
 # %% ../../nbs/run/05_settings.ipynb #93a62c42
 class _Parser(transformers.HfArgumentParser):
-    def error(self, message: str): raise ValueError(message)
+    def error(self, message: str):
+        raise ValueError(message)
+
 
 def _typed(classes: list[type], settings: dict) -> tuple:
     return _Parser(classes, allow_abbrev=False).parse_args_into_dataclasses(_words(settings), look_for_args_file=False)
 
+
 def _words(settings: dict) -> list[str]:
     words = []
     for name, value in settings.items():
-        if value is None or value == "None": continue
+        if value is None or value == "None":
+            continue
         words.append(f"--{name}")
-        if isinstance(value, list): words += map(str, value)
-        else: words.append(json.dumps(value) if isinstance(value, dict) else str(value))
+        if isinstance(value, list):
+            words += map(str, value)
+        else:
+            words.append(json.dumps(value) if isinstance(value, dict) else str(value))
     return words
 
 # %% ../../nbs/run/05_settings.ipynb #a761050b
-def _check_each(settings: dict, problems: Problems) -> dict: # those of a known name and with a value of its type
+def _check_each(settings: dict, problems: Problems) -> dict:  # those of a known name and with a value of its type
     "Check each setting by itself."
     classes, kept = [*config.CONFIGS, ReliableTrainingArguments], {}
     known = config.field_names(*classes)
-    with problems.noted(): config.check_names(settings, known)
+    with problems.noted():
+        config.check_names(settings, known)
     parser = _Parser(classes, allow_abbrev=False)
     for name in filter(known.__contains__, settings):
         with problems.noted():
             _, extra = parser.parse_known_args(_words({name: settings[name]}))
             if extra:
-                raise ValueError("a setting that takes one value was given a list: "
-                                 f"{name} {' '.join(extra)} is too much")
+                raise ValueError(
+                    f"a setting that takes one value was given a list: {name} {' '.join(extra)} is too much"
+                )
             kept[name] = settings[name]
     return kept
+
 
 def _training_only(settings: dict) -> dict:
     ours = config.field_names(*config.CONFIGS)
     return {name: value for name, value in settings.items() if name not in ours}
 
+
 def training_fields(
     run: config.Run,
-) -> argparse.Namespace: # typed, with defaults
+) -> argparse.Namespace:  # typed, with defaults
     "The training fields, without making the arguments, which would join the ranks."
     parser = _Parser([ReliableTrainingArguments], allow_abbrev=False)
     return parser.parse_known_args(_words(_training_only(run.settings)))[0]
 
 # %% ../../nbs/run/05_settings.ipynb #50d15765
 def parse(
-    argv: list[str], # command line without the program's name
+    argv: list[str],  # command line without the program's name
 ) -> config.Run:
     "Read, translate, check names, types and combinations; raise everything that is wrong. Nothing is built."
     given, wrong = config.read_settings(argv), Problems()
     ours, notes = translate.translate(given, wrong)
     settings = _check_each(translate.as_reference(given) | ours, wrong)
-    for line in refused(settings, dataclasses.fields(ReliableTrainingArguments), OWN): wrong.add(ValueError(line))
+    for line in refused(settings, dataclasses.fields(ReliableTrainingArguments), OWN):
+        wrong.add(ValueError(line))
     run = _run_of(settings, notes)
     args = training_fields(run)
-    with wrong.noted(): rules.check_training(run, args)
+    with wrong.noted():
+        rules.check_training(run, args)
     config.by_stage(run.data, run.stage)
     absent = run.absent if run.run.dry_run else None
-    with wrong.noted(): config.check(run.model, run.data, run.stage, args.projector_lr, absent)
+    with wrong.noted():
+        config.check(run.model, run.data, run.stage, args.projector_lr, absent)
     wrong.tell(notes)
     return run
+
 
 def _run_of(settings: dict, notes: list[str]) -> config.Run:
     ours = {name: settings[name] for name in config.field_names(*config.CONFIGS) if name in settings}
@@ -92,32 +106,37 @@ def _run_of(settings: dict, notes: list[str]) -> config.Run:
     run.model.special_tokens = tokens or None
     return run
 
+# %% ../../nbs/run/05_settings.ipynb #820559d1
 def _take_whole_model(run: config.Run) -> None:
     "`--model_name_or_path` may name a whole LLaVA: then it is the model, and its tower is in it."
     m = run.model
-    if not m.language_model or m.model or not checks.is_llava(m.language_model): return
+    if not m.language_model or m.model or not checks.is_llava(m.language_model):
+        return
     unused = f"; --vision_tower {m.vision_tower} is not needed, its own is in it" if m.vision_tower else ""
     run.notes.append(f"{m.language_model} is a whole LLaVA, and taken as --model{unused}")
     m.model, m.language_model, m.vision_tower = m.language_model, None, None
-    for name in ("language_model", "vision_tower"): run.settings.pop(name, None)
+    for name in ("language_model", "vision_tower"):
+        run.settings.pop(name, None)
     run.settings["model"] = m.model
 
 # %% ../../nbs/run/05_settings.ipynb #1d1144d5
 def make_arguments(
     run: config.Run,
-    alone: bool = False, # for the doctor and a dry run: no engine, no ranks
-) -> tuple[ReliableTrainingArguments | None, Problems]: # None: there is a problem
+    alone: bool = False,  # for the doctor and a dry run: no engine, no ranks
+) -> tuple[ReliableTrainingArguments | None, Problems]:  # None: there is a problem
     "The typed training arguments, or the objections of transformers."
     wrong = Problems()
     with wrong.noted():
-        try: return training_arguments(run, alone), wrong
+        try:
+            return training_arguments(run, alone), wrong
         except (ImportError, TypeError, NotImplementedError, AttributeError) as e:
             raise ValueError(f"the training arguments cannot be used together: {' '.join(str(e).split())}") from e
     return None, wrong
 
+
 def training_arguments(
     run: config.Run,
-    alone: bool = False, # without engine and ranks
+    alone: bool = False,  # without engine and ranks
 ) -> ReliableTrainingArguments:
     "The typed training arguments; joins the ranks when there are several."
     settings = {"output_dir": f"runs/stage{run.stage}", **_training_only(run.settings)}
@@ -125,20 +144,28 @@ def training_arguments(
         run.notes.append("--tf32 True: this hardware has none, left out")
         settings.pop("tf32")
     settings["report_to"] = _reporters(settings.get("report_to"), run.notes)
-    if not alone: return _typed([ReliableTrainingArguments], settings)[0]
+    if not alone:
+        return _typed([ReliableTrainingArguments], settings)[0]
     engine = {name: settings.pop(name) for name in ("zero", "deepspeed") if settings.get(name) is not None}
     args = _typed([ReliableTrainingArguments], settings | {"offload": False})[0]
-    args.deepspeed = engine or None             # says only that there is one
+    args.deepspeed = engine or None  # says only that there is one
     return args
 
-def _has_tf32() -> bool: return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+# %% ../../nbs/run/05_settings.ipynb #65af74a5
+def _has_tf32() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+
 
 def _reporters(asked: str | list[str] | None, notes: list[str]) -> str | list[str]:
     "A reporter that is not installed costs a note, not the run."
-    if asked in (None, [], "None", "none", "all"): return asked or "none"
+    if asked in (None, [], "None", "none", "all"):
+        return asked or "none"
     names, known = asked if isinstance(asked, list) else [asked], get_available_reporting_integrations()
     missing = ", ".join(printable(n, 40) for n in names if n not in known)
-    if not missing: return asked
-    notes.append(f"--report_to {missing}: not installed or unknown, so nothing is reported "
-                 f"(pip install {missing}, or --report_to tensorboard)")
+    if not missing:
+        return asked
+    notes.append(
+        f"--report_to {missing}: not installed or unknown, so nothing is reported "
+        f"(pip install {missing}, or --report_to tensorboard)"
+    )
     return "none"

@@ -16,7 +16,7 @@ from ..base.terminal import shown
 from ..safe.inherited import as_given, plain
 
 # %% ../../nbs/run/03_translate.ipynb #91691455
-RENAMED = {     # flag of others: our setting
+RENAMED = {  # flag of others: our setting
     "model_name_or_path": "language_model",
     "version": "template",
     "mm_projector_lr": "projector_lr",
@@ -32,48 +32,66 @@ RENAMED = {     # flag of others: our setting
 
 # %% ../../nbs/run/03_translate.ipynb #80d1f565
 def parse_bool(
-    value: Any, # True, "True", "false", 1, ...
+    value: Any,  # True, "True", "false", 1, ...
 ) -> bool:
     "A boolean as people write it."
-    if str(value).lower() in ("true", "1", "yes"): return True
-    if str(value).lower() in ("false", "0", "no", "none"): return False
+    if str(value).lower() in ("true", "1", "yes"):
+        return True
+    if str(value).lower() in ("false", "0", "no", "none"):
+        return False
     raise ValueError(f"{shown(value)} is neither true nor false")
+
 
 def _projector_folder(value: Any) -> str:
     "The published finetune.sh names `FOLDER/mm_projector.bin`; our stage 1 writes safetensors into FOLDER."
     path = Path(str(value))
     return str(path.parent) if path.name == "mm_projector.bin" and not path.is_file() else str(value)
 
+
 def _tunable_parts(value: Any) -> dict:
     "LLaVA-NeXT names the parts that train."
     stages = {"mm_mlp_adapter": 1, "mm_language_model": 2}
     asked = {part for part in str(value or "").replace(" ", "").split(",") if part and part != "None"}
     if more := asked - set(stages):
-        raise ValueError(f"{', '.join(sorted(more))} would have to be trained, and stays frozen; "
-                         "name mm_mlp_adapter (stage 1), or mm_mlp_adapter,mm_language_model (stage 2)")
+        raise ValueError(
+            f"{', '.join(sorted(more))} would have to be trained, and stays frozen; "
+            "name mm_mlp_adapter (stage 1), or mm_mlp_adapter,mm_language_model (stage 2)"
+        )
     if asked == {"mm_language_model"}:
         raise ValueError("the projector trains in both stages; name mm_mlp_adapter,mm_language_model")
     return {"stage": max(stages[part] for part in asked)} if asked else {}
 
+# %% ../../nbs/run/03_translate.ipynb #090d2deb
 def _one_of(name: str, meanings: dict, why: str) -> Callable[[Any], dict]:
     "A value with a fixed meaning; any other is refused with this reason."
+
     def read(value: Any) -> dict:
-        if value not in meanings: raise ValueError(why)
+        if value not in meanings:
+            raise ValueError(why)
         return {name: meanings[value]}
+
     return read
+
 
 def _aspect(value: Any) -> dict:
     "One image is one grid of features."
-    if str(value) in ("square", "pad", "None"): return {"image_aspect_ratio": value}
+    if str(value) in ("square", "pad", "None"):
+        return {"image_aspect_ratio": value}
     raise ValueError("only 'square' and 'pad' are known: an image is not cut into tiles (anyres)")
 
 # %% ../../nbs/run/03_translate.ipynb #94b1b4ed
-CONVERSATIONS = {"pretrain": "plain", "llama": "v1", "phi": "v1", "gemma": "v1", "qwen2_base": "v1",
-                 "qwen2_instruct": "v1"}
+CONVERSATIONS = {
+    "pretrain": "plain",
+    "llama": "v1",
+    "phi": "v1",
+    "gemma": "v1",
+    "qwen2_base": "v1",
+    "qwen2_instruct": "v1",
+}
 _FEATURES = {"patch": "default", "cls_patch": "full"}
 _TRAINED_WHOLE = "all weights of the language model are trained, or none; use full (stage 2) or frozen (stage 1)"
 
-TRANSLATED = {      # flag of others: what its value means in our settings
+TRANSLATED = {  # flag of others: what its value means in our settings
     # LLaVA
     "pretrain_mm_mlp_adapter": lambda v: {"projector": _projector_folder(v)},
     "tune_mm_mlp_adapter": lambda v: {"stage": 1} if parse_bool(v) else {},
@@ -86,18 +104,20 @@ TRANSLATED = {      # flag of others: what its value means in our settings
     # TinyLLaVA
     "pretrained_model_path": lambda v: {"projector": v},
     "tune_type_llm": _one_of("stage", {"frozen": 1, "full": 2}, _TRAINED_WHOLE),
-    "connector_type": _one_of("projector_type", {"linear": "linear", "mlp2x_gelu": "mlp2x_gelu"},
-                              "projectors are linear and mlp2x_gelu"),
+    "connector_type": _one_of(
+        "projector_type", {"linear": "linear", "mlp2x_gelu": "mlp2x_gelu"}, "projectors are linear and mlp2x_gelu"
+    ),
     "conv_version": lambda v: {"template": CONVERSATIONS.get(v, v)},
 }
 
 # %% ../../nbs/run/03_translate.ipynb #5e944a3d
 def _only(
-    why: str, # any other value is refused
-    **harmless: str | tuple[str, ...], # flag: the values that change nothing
-) -> dict[str, tuple[tuple[str, ...], str]]: # flag: these values, the reason
+    why: str,  # any other value is refused
+    **harmless: str | tuple[str, ...],  # flag: the values that change nothing
+) -> dict[str, tuple[tuple[str, ...], str]]:  # flag: these values, the reason
     "Flags that may stay with some values."
     return {flag: ((values,) if isinstance(values, str) else values, why) for flag, values in harmless.items()}
+
 
 _NO_LORA = "all weights are trained; there is no LoRA and no quantisation"
 _NO_TOWER = "the vision tower stays frozen"
@@ -106,11 +126,26 @@ _NO_RESAMPLER = "every feature of an image becomes a token; there is no resample
 _NO_POOL = "every feature of an image becomes a token; nothing is pooled"
 _ONE_SIZE = "the tower sees an image at one size"
 
+# %% ../../nbs/run/03_translate.ipynb #930cc4a5
 UNSUPPORTED = {
-    **_only(_NO_LORA, lora_enable="False", use_lora="False", q_lora="False", use_dora="False", bits="16",
-            training_recipe="common"),
-    **_only(_NO_TOWER, unfreeze_mm_vision_tower="False", tune_vision_tower="False", tune_entire_model="False",
-            tune_type_vision_tower="frozen", mm_vision_tower_lr=("", "0"), vision_tower_lr=("", "0")),
+    **_only(
+        _NO_LORA,
+        lora_enable="False",
+        use_lora="False",
+        q_lora="False",
+        use_dora="False",
+        bits="16",
+        training_recipe="common",
+    ),
+    **_only(
+        _NO_TOWER,
+        unfreeze_mm_vision_tower="False",
+        tune_vision_tower="False",
+        tune_entire_model="False",
+        tune_type_vision_tower="frozen",
+        mm_vision_tower_lr=("", "0"),
+        vision_tower_lr=("", "0"),
+    ),
     **_only("--vision_tower names one folder with configuration and weights", vision_tower_pretrained=""),
     **_only("there is one vision tower", vision_tower2=""),
     **_only(_PROJECTOR_TRAINS, freeze_mm_mlp_adapter="False", tune_type_connector="full"),
@@ -128,10 +163,15 @@ _ROPE = "the language model's config.json says it (rope_scaling)"
 _BY_GRADIENTS = "weights are trained by their gradients"
 _NO_GAP = "positions count on without a gap"
 
-UNSUPPORTED |= {    # tokens, images, records, the language model
+UNSUPPORTED |= {  # tokens, images, records, the language model
     **_only(_NO_TOKEN, mm_use_im_start_end="False", mm_use_im_patch_token="False"),
-    **_only(_NO_TILES, mm_patch_merge_type="flat", image_grid_pinpoints="", image_crop_resolution="",
-            image_split_resolution=""),
+    **_only(
+        _NO_TILES,
+        mm_patch_merge_type="flat",
+        image_grid_pinpoints="",
+        image_crop_resolution="",
+        image_split_resolution="",
+    ),
     **_only(_NO_VIDEO, video_folder=""),
     **_only("a record holds what its conversation says", early_mix_text="False"),
     **_only("this package has samplers of its own; use --sampler modality", group_by_length="False"),
@@ -163,11 +203,13 @@ UNSUPPORTED |= {
 }
 
 # %% ../../nbs/run/03_translate.ipynb #4f7a15d2
-def _ignored(why: str, flags: str) -> dict[str, str]: return dict.fromkeys(flags.split(), why)
+def _ignored(why: str, flags: str) -> dict[str, str]:
+    return dict.fromkeys(flags.split(), why)
+
 
 _BY_STAGE = "stage 1 freezes the language model, stage 2 trains it"
 
-MEANINGLESS = {     # flag: why it has no effect
+MEANINGLESS = {  # flag: why it has no effect
     **_ignored("records are always read lazily", "lazy_preprocess"),
     **_ignored("a record with an `image` is multimodal", "is_multimodal"),
     **_ignored(_BY_STAGE, "freeze_backbone unfreeze_language_model"),
@@ -190,83 +232,122 @@ MEANINGLESS = {     # flag: why it has no effect
 }
 
 # %% ../../nbs/run/03_translate.ipynb #ddfc7628
-MEANINGLESS |= {    # details of what is not done at all
+MEANINGLESS |= {  # details of what is not done at all
     **_ignored(_NO_TOWER, "tune_vision_tower_from_layer tune_vit_from_layer"),
     **_ignored(_ONE_SIZE, "s2_scales"),
     **_ignored(_NO_GAP, "pos_skipping_range"),
     **_ignored("one image is one grid of features", "mm_newline_position"),
     **_ignored(_BY_GRADIENTS, "zo_eps zo_num_directions"),
-    **_ignored(_NO_LORA, "lora_r lora_alpha lora_dropout lora_weight_path lora_bias lora_target_modules "
-                         "lora_modules_to_save double_quant quant_type"),
-    **_ignored(_NO_RESAMPLER, "freeze_mm_vision_resampler mm_mask_drop_mode mm_mask_drop_skip_percentage "
-                              "mm_mask_drop_ratio mm_mask_drop_ratio_upper mm_mask_drop_ratio_lower "
-                              "mm_perceiver_depth mm_perceiver_latents mm_perceiver_ff_mult "
-                              "mm_perceiver_pretrained mm_qformer_depth mm_qformer_latents mm_qformer_pretrained "
-                              "resampler_hidden_size num_queries num_resampler_layers"),
+    **_ignored(
+        _NO_LORA,
+        "lora_r lora_alpha lora_dropout lora_weight_path lora_bias lora_target_modules "
+        "lora_modules_to_save double_quant quant_type",
+    ),
+    **_ignored(
+        _NO_RESAMPLER,
+        "freeze_mm_vision_resampler mm_mask_drop_mode mm_mask_drop_skip_percentage "
+        "mm_mask_drop_ratio mm_mask_drop_ratio_upper mm_mask_drop_ratio_lower "
+        "mm_perceiver_depth mm_perceiver_latents mm_perceiver_ff_mult "
+        "mm_perceiver_pretrained mm_qformer_depth mm_qformer_latents mm_qformer_pretrained "
+        "resampler_hidden_size num_queries num_resampler_layers",
+    ),
     **_ignored(_NO_POOL, "mm_spatial_pool_mode mm_spatial_pool_out_channels"),
-    **_ignored(_NO_VIDEO, "video_fps frames_upbound add_time_instruction force_sample add_faster_video "
-                          "faster_token_stride"),
+    **_ignored(
+        _NO_VIDEO, "video_fps frames_upbound add_time_instruction force_sample add_faster_video faster_token_stride"
+    ),
 }
 
 # %% ../../nbs/run/03_translate.ipynb #418c42ee
 def translate(
-    settings: dict, # flat, our names and those of others mixed
-    problems: Problems | None = None, # takes what cannot be translated; None: that is an error
-) -> tuple[dict, list[str]]: # our settings alone, and notes for the user
+    settings: dict,  # flat, our names and those of others mixed
+    problems: Problems | None = None,  # takes what cannot be translated; None: that is an error
+) -> tuple[dict, list[str]]:  # our settings alone, and notes for the user
     "Turn the flags of others into ours."
     ours, ignored, wrong = {}, {}, Problems()
     for key, value in settings.items():
         if key in MEANINGLESS:
             ignored.setdefault(MEANINGLESS[key], []).append(f"--{key}")
             continue
-        with wrong.noted(): ours |= _translated(key, value)
+        with wrong.noted():
+            ours |= _translated(key, value)
     _check_stage(settings, str(ours.get("stage", 2)), wrong)
-    if problems is None: wrong.tell()
-    else: problems.found += wrong.found
+    if problems is None:
+        wrong.tell()
+    else:
+        problems.found += wrong.found
     return ours, _note_of(ignored)
 
+# %% ../../nbs/run/03_translate.ipynb #a01ad84b
 def _translated(key: str, value: Any) -> dict:
-    if key in RENAMED: return {RENAMED[key]: value}
-    if key == "deepspeed": return _deepspeed(value)
-    if key in UNSUPPORTED: return _unsupported(key, value)
-    if key not in TRANSLATED: return {key: value}
-    try: return TRANSLATED[key](value)
-    except KeyError: raise ValueError(f"--{key} {shown(value)} is unknown") from None
-    except ValueError as e: raise ValueError(f"{as_given(key, value)} is not supported: {e}") from None
+    if key in RENAMED:
+        return {RENAMED[key]: value}
+    if key == "deepspeed":
+        return _deepspeed(value)
+    if key in UNSUPPORTED:
+        return _unsupported(key, value)
+    if key not in TRANSLATED:
+        return {key: value}
+    try:
+        return TRANSLATED[key](value)
+    except KeyError:
+        raise ValueError(f"--{key} {shown(value)} is unknown") from None
+    except ValueError as e:
+        raise ValueError(f"{as_given(key, value)} is not supported: {e}") from None
+
 
 def _unsupported(key: str, value: Any) -> dict:
     harmless, why = UNSUPPORTED[key]
-    if plain(value) in map(plain, harmless): return {}
+    if plain(value) in map(plain, harmless):
+        return {}
     raise ValueError(f"{as_given(key, value)} is not supported: {why}; leave it out")
 
-def _note_of(ignored: dict[str, list[str]]) -> list[str]: # one note, or none
-    if len(ignored) < 2: return [f"{', '.join(keys)} means nothing here: {why}" for why, keys in ignored.items()]
+
+def _note_of(ignored: dict[str, list[str]]) -> list[str]:  # one note, or none
+    if len(ignored) < 2:
+        return [f"{', '.join(keys)} means nothing here: {why}" for why, keys in ignored.items()]
     return ["these mean nothing here: " + "; ".join(f"{', '.join(keys)} ({why})" for why, keys in ignored.items())]
 
 # %% ../../nbs/run/03_translate.ipynb #fe11f813
 def _check_stage(settings: dict, stage: str, wrong: Problems) -> None:
     "Two flags contradict a stage."
-    def asked(name: str) -> bool: return plain(settings.get(name)) in ("true", "1.0")
+
+    def asked(name: str) -> bool:
+        return plain(settings.get(name)) in ("true", "1.0")
+
     if asked("freeze_backbone") and stage != "1":
-        wrong.add(ValueError("--freeze_backbone True is not supported in stage 2, which trains the language model; "
-                             "leave it out"))
+        wrong.add(
+            ValueError(
+                "--freeze_backbone True is not supported in stage 2, which trains the language model; leave it out"
+            )
+        )
     if asked("unfreeze_language_model") and stage == "1":
-        wrong.add(ValueError("--unfreeze_language_model True is not supported in stage 1, which trains the projector "
-                             "alone; leave it out"))
+        wrong.add(
+            ValueError(
+                "--unfreeze_language_model True is not supported in stage 1, which trains the projector "
+                "alone; leave it out"
+            )
+        )
 
-PUBLISHED_DEEPSPEED = {"zero2.json": {"zero": 2}, "zero3.json": {"zero": 3},
-                       "zero3_offload.json": {"zero": 3, "offload": True}}
 
+PUBLISHED_DEEPSPEED = {
+    "zero2.json": {"zero": 2},
+    "zero3.json": {"zero": 3},
+    "zero3_offload.json": {"zero": 3, "offload": True},
+}
+
+# %% ../../nbs/run/03_translate.ipynb #2f04d8df
 def _deepspeed(value: Any) -> dict:
     "A file that exists is read; the published scripts name files of LLaVA's own repository."
     if not isinstance(value, str | None):
-        raise ValueError("deepspeed is the path of a DeepSpeed JSON, not its content; or use `zero` (2 or 3) "
-                         "and `offload`")
+        raise ValueError(
+            "deepspeed is the path of a DeepSpeed JSON, not its content; or use `zero` (2 or 3) and `offload`"
+        )
     path = Path(str(value))
     return {"deepspeed": value} if path.is_file() else PUBLISHED_DEEPSPEED.get(path.name, {"deepspeed": value})
 
+
 def as_reference(
-    settings: dict, # as given
-) -> dict: # ours, to be overridden by what was set
+    settings: dict,  # as given
+) -> dict:  # ours, to be overridden by what was set
     "LLaVA's defaults where a command in its names leaves a flag out: random order, square images."
     return {"sampler": "random", "image_aspect_ratio": "square"} if "model_name_or_path" in settings else {}

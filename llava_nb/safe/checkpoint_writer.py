@@ -14,68 +14,93 @@ from pathlib import Path
 from transformers import TrainerState
 
 from ..base.terminal import one_line, say
-from .integrity import MADE_WITH, MANIFEST, begin_checkpoint, checkpoints, rotate, seal
-from .storage import FolderLost, Hold, StorageFailed, clear, fail_point, note, read_object, together
+from .integrity import MADE_WITH, MANIFEST, begin_checkpoint, checkpoints, rotate, commit_checkpoint
+from llava_nb.safe.storage import (
+    FolderLost,
+    Hold,
+    StorageFailed,
+    clear,
+    fail_point,
+    note,
+    read_object,
+    raise_on_all_ranks,
+)
 
 # %% ../../nbs/safe/19_checkpoint_writer.ipynb #6aebd0d8
 def newest_sealed(
-    folder: str | Path, # output folder of a run
-) -> int: # 0: none
+    folder: str | Path,  # output folder of a run
+) -> int:  # 0: none
     "The step of the newest checkpoint that counts."
     sealed = [p for p in checkpoints(folder) if (p / MANIFEST).is_file()]
     return max((int(p.name.split("-")[1]) for p in sealed), default=0)
 
+# %% ../../nbs/safe/19_checkpoint_writer.ipynb #7fd8ccdc
 class CheckpointWriter:
     "Writes sealed checkpoints of one run; counts the saves that failed in a row."
-    patience = 3                      # failed saves in a row that end the run
-    def __init__(self,
-        folder: str | Path, # output folder
-        recipe: dict, # see `made_with`
-        keep: int | None = None, # sealed checkpoints that stay; None: all
-        keep_best: bool = False, # the best one stays, however old
-        lead: bool = True, # of all ranks, this one writes what is not a rank's own
-        hold: Hold | None = None, # of the first rank, on the folder
+
+    patience = 3  # failed saves in a row that end the run
+
+    def __init__(
+        self,
+        folder: str | Path,  # output folder
+        recipe: dict,  # see `run_fingerprint`
+        keep: int | None = None,  # sealed checkpoints that stay; None: all
+        keep_best: bool = False,  # the best one stays, however old
+        lead: bool = True,  # of all ranks, this one writes what is not a rank's own
+        hold: Hold | None = None,  # of the first rank, on the folder
     ):
         self.folder, self.recipe, self.keep, self.keep_best = Path(folder), recipe, keep, keep_best
         self.lead, self.hold, self.failed, self.resumed, self.best = lead, hold, 0, None, (None, None, None)
 
-    def write(self,
+    def write(
+        self,
         state: TrainerState,
-        save: Callable[[], None], # writes the files of `checkpoint-STEP`
+        save: Callable[[], None],  # writes the files of `checkpoint-STEP`
     ) -> None:
         "Write and seal a checkpoint, or raise an alarm. Every rank must call."
         folder = self.folder / f"checkpoint-{state.global_step}"
-        if state.best_global_step != state.global_step: self.best = _best(state)
-        try: self._write(folder, state, save)
-        except FolderLost: raise
-        except StorageFailed as e: self._failed(folder, state, e)
-        else: self.failed = 0
+        if state.best_global_step != state.global_step:
+            self.best = _best(state)
+        try:
+            self._write(folder, state, save)
+        except FolderLost:
+            raise
+        except StorageFailed as e:
+            self._failed(folder, state, e)
+        else:
+            self.failed = 0
 
     def _write(self, folder: Path, state: TrainerState, save: Callable[[], None]) -> None:
-        with together():
+        with raise_on_all_ranks():
             fail_point("save.begin")
             if self.lead:
                 self.check_hold()
                 begin_checkpoint(folder)
-        with together():
+        with raise_on_all_ranks():
             save()
             fail_point("save.place")
-            if self.lead: (folder / MADE_WITH).write_text(json.dumps(self.recipe, indent=1))
+            if self.lead:
+                (folder / MADE_WITH).write_text(json.dumps(self.recipe, indent=1))
             fail_point("save.made_with")
-        seal(folder)
-        with together():
-            if self.lead: _note_and_rotate(self, folder, state)
+        commit_checkpoint(folder)
+        with raise_on_all_ranks():
+            if self.lead:
+                _note_and_rotate(self, folder, state)
 
     def _failed(self, folder: Path, state: TrainerState, error: StorageFailed) -> None:
         self.failed += 1
         counts = (folder / MANIFEST).is_file()
-        if self.lead: _alarm(self, folder, counts, error)
-        if not counts: state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best
-        if self.failed == self.patience: raise error
+        if self.lead:
+            _alarm(self, folder, counts, error)
+        if not counts:
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = self.best
+        if self.failed == self.patience:
+            raise error
 
     def check_hold(self) -> None:
         "Raise where the folder is no longer the one that this run holds."
-        if self.hold: self.hold.check()
+        if self.hold:
+            self.hold.check()
 
     def spared(self, state: TrainerState) -> list[Path]:
         "Checkpoints that stay, however old: the best."
@@ -89,15 +114,22 @@ def _note_and_rotate(writer: CheckpointWriter, folder: Path, state: TrainerState
     writer.check_hold()
     note(writer.folder, sealed=folder.name)
     fail_point("save.noted")
-    if writer.keep: rotate(writer.folder, writer.keep, spare=writer.spared(state))
+    if writer.keep:
+        rotate(writer.folder, writer.keep, spare=writer.spared(state))
+
 
 def _alarm(writer: CheckpointWriter, folder: Path, counts: bool, error: StorageFailed) -> None:
     with contextlib.suppress(OSError):
-        writer.check_hold()           # the folder may be another run's by now
-        if not counts: clear(folder)
+        writer.check_hold()  # the folder may be another run's by now
+        if not counts:
+            clear(folder)
     what = "is sealed, and what comes after that failed" if counts else "could not be saved"
-    say(f"ALARM: {folder.name} {what} ({one_line(error)}); training goes on, "
-        f"{writer.failed} of {writer.patience} failures in a row that end it", error=True)
+    say(
+        f"ALARM: {folder.name} {what} ({one_line(error)}); training goes on, "
+        f"{writer.failed} of {writer.patience} failures in a row that end it",
+        error=True,
+    )
+
 
 def _best(state: TrainerState) -> tuple[float | None, int | None, str | None]:
     return state.best_metric, state.best_global_step, state.best_model_checkpoint

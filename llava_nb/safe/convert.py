@@ -28,52 +28,86 @@ import llava_nb.base.trust as trust
 from ..base.terminal import one_line, printable, say, shown
 
 # %% ../../nbs/safe/02_convert.ipynb #07446650
-HOURS, SPARE = 1, 2 << 30      # of waiting; bytes of memory beside the tensors
-BASE, SPEED = 60, 5_000_000    # seconds of computing for any file; bytes that a second more is given for
+HOURS, SPARE = 1, 2 << 30  # of waiting; bytes of memory beside the tensors
+BASE, SPEED = 60, 5_000_000  # seconds of computing for any file; bytes that a second more is given for
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_DENIED = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.kill", "os.killpg", "os.remove",
-           "os.rename", "os.symlink", "os.link", "os.chmod", "os.chown", "os.mkdir", "os.rmdir", "os.truncate",
-           "os.utime", "os.setxattr", "shutil.rmtree"}
+_DENIED = {
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.kill",
+    "os.killpg",
+    "os.remove",
+    "os.rename",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "os.chown",
+    "os.mkdir",
+    "os.rmdir",
+    "os.truncate",
+    "os.utime",
+    "os.setxattr",
+    "shutil.rmtree",
+}
+
 
 def _deny(event: str, args: tuple) -> None:
     writes = event == "open" and isinstance(args[2], int) and args[2] & _WRITES
     if event.split(".")[0] in ("socket", "subprocess", "ctypes") or event in _DENIED or writes:
         raise PermissionError(f"a pickle may not do {event}")
 
-def _seconds(size: int) -> int: return min(HOURS * 3600, BASE + size // SPEED)
+# %% ../../nbs/safe/02_convert.ipynb #52cbd9f1
+def _seconds(size: int) -> int:
+    return min(HOURS * 3600, BASE + size // SPEED)
 
-def _bound(size: int) -> None: # bytes of the file
+
+def _bound(size: int) -> None:  # bytes of the file
     "Limits of this process, never to be raised again."
     pages = Path("/proc/self/statm")
     in_use = int(pages.read_text().split()[0]) * resource.getpagesize() if pages.exists() else SPARE
-    limits = {resource.RLIMIT_AS: in_use + SPARE + 4 * size, resource.RLIMIT_CPU: _seconds(size),
-              resource.RLIMIT_FSIZE: 2 * size + (64 << 20), resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: 0}
-    for what, limit in limits.items(): resource.setrlimit(what, (limit, limit))
+    limits = {
+        resource.RLIMIT_AS: in_use + SPARE + 4 * size,
+        resource.RLIMIT_CPU: _seconds(size),
+        resource.RLIMIT_FSIZE: 2 * size + (64 << 20),
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: 0,
+    }
+    for what, limit in limits.items():
+        resource.setrlimit(what, (limit, limit))
 
 # %% ../../nbs/safe/02_convert.ipynb #4c2e8d02
-_READ = 1 << 2 | 1 << 3                               # files and folders
-_WRITE = 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14           # into files, remove, make, truncate
+_READ = 1 << 2 | 1 << 3  # files and folders
+_WRITE = 1 << 1 | 1 << 5 | 1 << 8 | 1 << 14  # into files, remove, make, truncate
+
 
 def _landlock(
-    read: list[str], # folders and files to read
-    write: str, # the one folder to write into
-) -> int: # version of the kernel's Landlock; 0 or less: it has none
+    read: list[str],  # folders and files to read
+    write: str,  # the one folder to write into
+) -> int:  # version of the kernel's Landlock; 0 or less: it has none
     "Restrict this process to these files: no other file, no program, no address, no signal."
     libc = ctypes.CDLL(None, use_errno=True)
-    def call(number: int, *words) -> int: return libc.syscall(ctypes.c_long(number), *words)
+
+    def call(number: int, *words) -> int:
+        return libc.syscall(ctypes.c_long(number), *words)
+
     version = call(444, None, ctypes.c_size_t(0), ctypes.c_uint(1)) if sys.platform == "linux" else 0
-    if version < 1: return version
+    if version < 1:
+        return version
     known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
-    rules = (ctypes.c_uint64 * 3)(known, 3, 3)      # file system; bind and connect; sockets and signals of others
+    rules = (ctypes.c_uint64 * 3)(known, 3, 3)  # file system; bind and connect; sockets and signals of others
     size = 8 * (1 + (version >= 4) + (version >= 6))
     ruleset = call(444, ctypes.byref(rules), ctypes.c_size_t(size), ctypes.c_uint(0))
     for path, allowed in [*((p, _READ) for p in read), (write, _READ | _WRITE)]:
-        if not os.path.exists(path): continue
+        if not os.path.exists(path):
+            continue
         there = os.open(path, os.O_PATH | os.O_CLOEXEC)
         rule = struct.pack("=Qi", allowed & known & (-1 if os.path.isdir(path) else 1 << 2), there)
         call(445, ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0))
         os.close(there)
-    libc.prctl(38, 1, 0, 0, 0)                                            # no new privileges
+    libc.prctl(38, 1, 0, 0, 0)  # no new privileges
     return version if call(446, ctypes.c_int(ruleset), ctypes.c_uint(0)) == 0 else 0
 
 # %% ../../nbs/safe/02_convert.ipynb #4c2e8d03
@@ -87,8 +121,10 @@ def _inside(source: str, target: str) -> None:
         found = _tensors(torch.load(source, map_location="cpu", weights_only=True))
         save_file(found, target, metadata={"format": "pt"})
     except BaseException as e:
-        if type(e).__name__ == "UnpicklingError": sys.exit("it holds more than tensors, or torch.save did not write it")
+        if type(e).__name__ == "UnpicklingError":
+            sys.exit("it holds more than tensors, or torch.save did not write it")
         sys.exit(f"{type(e).__name__}: {one_line(e, 300)}")
+
 
 def _tensors(found: Any) -> dict[str, torch.Tensor]:
     if not isinstance(found, dict) or not found:
@@ -96,7 +132,8 @@ def _tensors(found: Any) -> dict[str, torch.Tensor]:
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise ValueError(f"it holds something else than named tensors ({shown(name)})")
-        if not name.isprintable() or name == "__metadata__": raise ValueError(f"{shown(name)} is no name of a tensor")
+        if not name.isprintable() or name == "__metadata__":
+            raise ValueError(f"{shown(name)} is no name of a tensor")
     return {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in found.items()}
 
 # %% ../../nbs/safe/02_convert.ipynb #b721d34f
@@ -107,13 +144,15 @@ try: ctypes.CDLL(None).unshare(0x50000000); ctypes.CDLL(None).prctl(1, 9)
 except (AttributeError, OSError, TypeError): pass
 """
 
+
 def to_safetensors(
-    source: str | Path, # what torch.save wrote: .bin, .pt, .pth
-    target: str | Path, # *.safetensors, in a folder that is there
+    source: str | Path,  # what torch.save wrote: .bin, .pt, .pth
+    target: str | Path,  # *.safetensors, in a folder that is there
 ) -> None:
     "A pickle's tensors as safetensors, read in a child process; anything but tensors is refused."
     source, target = Path(source).resolve(), Path(target)
-    if not source.is_file(): raise FileNotFoundError(f"{source}: no such file")
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".convert-") as home:
         new = Path(home).resolve() / "new.safetensors"
         code, said = _run([sys.executable, "-s", "-c", _PREPARE + _CHILD, str(source), str(new)], home)
@@ -121,36 +160,55 @@ def to_safetensors(
             why = _why(code, said, source).replace(str(new), str(source))
             raise ValueError(f"{source}: not converted, {why}")
         try:
-            with trust.open_weights(new): pass
+            with trust.open_weights(new):
+                pass
         except ValueError as e:
             raise ValueError(f"{source}: not converted, its tensors make no safetensors file") from e
         os.replace(new, target)
 
-def _run(command: list[str], home: str) -> tuple[int, str]: # exit code, its last words
+# %% ../../nbs/safe/02_convert.ipynb #1ff0c434
+def _run(command: list[str], home: str) -> tuple[int, str]:  # exit code, its last words
     "A process with nothing of ours; it and what it started are ended with the block."
     paths = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
-    env = {"PATH": os.defpath, "HOME": home, "TMPDIR": home, "PYTHONPATH": paths,
-           "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = {
+        "PATH": os.defpath,
+        "HOME": home,
+        "TMPDIR": home,
+        "PYTHONPATH": paths,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     nothing = subprocess.DEVNULL
-    for name in ("LD_LIBRARY_PATH", "SYSTEMROOT"): env |= {name: os.environ[name]} if name in os.environ else {}
-    with tempfile.TemporaryFile() as words, subprocess.Popen(
-            command, env=env, cwd=home, stdin=nothing, stdout=nothing, stderr=words, start_new_session=True) as child:
-        try: child.wait(HOURS * 3600)
-        except subprocess.TimeoutExpired: return -signal.SIGALRM, ""
+    for name in ("LD_LIBRARY_PATH", "SYSTEMROOT"):
+        env |= {name: os.environ[name]} if name in os.environ else {}
+    with (
+        tempfile.TemporaryFile() as words,
+        subprocess.Popen(
+            command, env=env, cwd=home, stdin=nothing, stdout=nothing, stderr=words, start_new_session=True
+        ) as child,
+    ):
+        try:
+            child.wait(HOURS * 3600)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGALRM, ""
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(child.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
         words.seek(max(0, words.seek(0, os.SEEK_END) - 4000))
         return child.returncode, words.read().decode("utf-8", "backslashreplace")
 
+# %% ../../nbs/safe/02_convert.ipynb #f4a187cd
 def _why(code: int, said: str, source: Path) -> str:
-    if code == -signal.SIGALRM: return f"reading it took more than {HOURS * 60:g} minutes"
+    if code == -signal.SIGALRM:
+        return f"reading it took more than {HOURS * 60:g} minutes"
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         seconds = _seconds(source.stat().st_size)
         return f"reading it took more than {seconds:,} s of computing, or more memory than there is"
     return printable((said.strip().splitlines() or [f"the child ended with {code}"])[-1], 400)
 
+
 def read_pickle(
-    source: str | Path, # what torch.save wrote
+    source: str | Path,  # what torch.save wrote
 ) -> dict[str, torch.Tensor]:
     "The tensors of a pickle, by way of `to_safetensors`."
     with tempfile.TemporaryDirectory(prefix="convert-") as folder:
@@ -160,24 +218,29 @@ def read_pickle(
 # %% ../../nbs/safe/02_convert.ipynb #2ebd733a
 MARK, LAYERS = "mm_projector.", {"0": "linear_1", "2": "linear_2"}
 
+
 def our_projector(
-    found: dict[str, torch.Tensor], # of an mm_projector.bin
-) -> dict[str, torch.Tensor]: # "linear_1.weight", ...
+    found: dict[str, torch.Tensor],  # of an mm_projector.bin
+) -> dict[str, torch.Tensor]:  # "linear_1.weight", ...
     "The reference's projector by transformers' names."
     inner = {k.rsplit(MARK, 1)[-1]: v for k, v in found.items()}
     if set(inner) == {"weight", "bias"}:
         bias = inner["bias"]
-        return {"linear_1.weight": inner["weight"], "linear_1.bias": bias,
-                "linear_2.weight": torch.eye(len(bias), dtype=bias.dtype), "linear_2.bias": torch.zeros_like(bias)}
+        return {
+            "linear_1.weight": inner["weight"],
+            "linear_1.bias": bias,
+            "linear_2.weight": torch.eye(len(bias), dtype=bias.dtype),
+            "linear_2.bias": torch.zeros_like(bias),
+        }
     if set(inner) != {f"{k}.{leaf}" for k in LAYERS for leaf in ("weight", "bias")}:
         raise ValueError(f"a projector of other layers than mlp2x_gelu or linear: {', '.join(sorted(found))}")
     return {f"{LAYERS[place]}.{leaf}": v for k, v in inner.items() for place, leaf in [k.split(".")]}
 
 # %% ../../nbs/safe/02_convert.ipynb #c5487d2d
 def convert_file(
-    source: Path, # .bin, .pt, .pth
-    target: Path, # *.safetensors, or a folder
-) -> Path: # what was written
+    source: Path,  # .bin, .pt, .pth
+    target: Path,  # *.safetensors, or a folder
+) -> Path:  # what was written
     "One file; LLaVA's own projector becomes ours."
     if target.suffix != ".safetensors":
         target /= "projector.safetensors" if "projector" in source.name else f"{source.stem}.safetensors"
@@ -185,26 +248,35 @@ def convert_file(
     to_safetensors(source, target)
     found = load_file(target)
     if all(MARK in k for k in found):
-        try: save_file({k: v.clone() for k, v in our_projector(found).items()}, target, metadata={"format": "pt"})
-        except ValueError as e: target.unlink(); raise ValueError(f"{source}: {e}") from None
+        try:
+            save_file({k: v.clone() for k, v in our_projector(found).items()}, target, metadata={"format": "pt"})
+        except ValueError as e:
+            target.unlink()
+            raise ValueError(f"{source}: {e}") from None
     return target
+
 
 def _as_safetensors(name: str) -> str:
     return f"{name.removesuffix('.bin').replace('pytorch_model', 'model')}.safetensors"
 
+# %% ../../nbs/safe/02_convert.ipynb #eefb2a7b
 def convert_folder(
-    source: Path, # a model with pytorch_model*.bin
-    target: Path, # new
-) -> Path: # what was written
+    source: Path,  # a model with pytorch_model*.bin
+    target: Path,  # new
+) -> Path:  # what was written
     "A model folder with its weights as safetensors."
     trust.check_folder(source)
     files = sorted(source.glob("pytorch_model*.bin"))
-    if not files: raise FileNotFoundError(f"{source}: holds no pytorch_model*.bin; name a single file to convert it")
-    if target.exists() and any(target.iterdir()): raise ValueError(f"{target}: is not empty; name a new folder")
+    if not files:
+        raise FileNotFoundError(f"{source}: holds no pytorch_model*.bin; name a single file to convert it")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target}: is not empty; name a new folder")
     target.mkdir(parents=True, exist_ok=True)
-    for file in files: to_safetensors(file, target / _as_safetensors(file.name))
+    for file in files:
+        to_safetensors(file, target / _as_safetensors(file.name))
     for file in (f for pattern in trust.FILES for f in source.glob(pattern)):
-        if not file.name.endswith(".index.json"): shutil.copyfile(file, target / file.name)
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, target / file.name)
     if (index := source / "pytorch_model.bin.index.json").is_file():
         said = json.loads(index.read_text(encoding="utf-8"))
         places = {name: _as_safetensors(file) for name, file in said["weight_map"].items()}
@@ -214,12 +286,13 @@ def convert_folder(
 
 # %% ../../nbs/safe/02_convert.ipynb #35124a5a
 def convert(
-    source: str, # mm_projector.bin, another file of torch.save, a model folder, or a hub id
-    target: str, # folder to write to, or FILE.safetensors for a single file
-) -> int: # exit code
+    source: str,  # mm_projector.bin, another file of torch.save, a model folder, or a hub id
+    target: str,  # folder to write to, or FILE.safetensors for a single file
+) -> int:  # exit code
     "`llava_nb convert SOURCE TARGET`; raises what cannot be converted."
     trust.check_versions()
     found, goal = Path(source).expanduser(), Path(target).expanduser()
-    if not found.exists() and trust.HUB.fullmatch(source): found = trust.fetched(source, [*trust.FILES, "*.bin"])
+    if not found.exists() and trust.HUB.fullmatch(source):
+        found = trust.fetched(source, [*trust.FILES, "*.bin"])
     say(f"written: {(convert_folder if found.is_dir() else convert_file)(found, goal)}")
     return 0

@@ -32,7 +32,7 @@ from ..store.files import parsed, raw_rows
 from ..store.images import Folder
 from ..store.record_checks import validate_record
 from ..store.records import Records, with_findings, with_pictures
-from ..store.validate import Gate, Problem
+from ..store.validate import RecordValidator, Problem
 
 # %% ../../nbs/safe/08_doctor.ipynb #975da981
 _TEXTS = [
@@ -41,23 +41,26 @@ _TEXTS = [
     ("Où est-ce?", "東京, naïve 🦊"),
 ]
 
+
 def _conversations(stage: int) -> Iterator[list[dict]]:
     "Normalised turns of the self-test; stage 1 has captions only."
     for pairs in ([_TEXTS[0]], _TEXTS[1:], _TEXTS) if stage == 2 else [_TEXTS[:1]]:
         turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
         yield normalise({"conversations": turns} | ({"image": "x"} if pairs[0] is _TEXTS[0] else {}))
 
+
 def self_test(
-    gate: Gate,
-    rows: int | None = None, # of the model's embedding
-    positions: int | None = None, # that the model was made for
+    gate: RecordValidator,
+    rows: int | None = None,  # of the model's embedding
+    positions: int | None = None,  # that the model was made for
 ) -> None:
     "Refuse a tokenizer, a template and a length that do not fit each other or the model."
     wrong = [*_wrong_sizes(gate, rows, positions), *_wrong_masks(gate)]
-    if wrong: raise ValueError("; and ".join(dict.fromkeys(wrong)))
+    if wrong:
+        raise ValueError("; and ".join(dict.fromkeys(wrong)))
 
 # %% ../../nbs/safe/08_doctor.ipynb #bb326a6f
-def _wrong_sizes(gate: Gate, rows: int | None, positions: int | None) -> Iterator[str]:
+def _wrong_sizes(gate: RecordValidator, rows: int | None, positions: int | None) -> Iterator[str]:
     encoder, longest = gate.encoder, gate.encoder.max_length
     if longest < encoder.image_seq_len + 64:
         room = f"leaves fewer than 64 tokens beside an image's {encoder.image_seq_len} features"
@@ -71,27 +74,31 @@ def _wrong_sizes(gate: Gate, rows: int | None, positions: int | None) -> Iterato
         remedy = "take the tokenizer that belongs to the model"
         yield f"the tokenizer has ids up to {highest:,}, the model's embedding {rows:,} rows; {remedy}"
 
-def _wrong_masks(gate: Gate) -> Iterator[str]:
+
+def _wrong_masks(gate: RecordValidator) -> Iterator[str]:
     template, bare = gate.template, lambda text: "".join(text.split())
     for turns in _conversations(template.trains_stage):
         targets = [i for i in gate.encoder.uncut(template.segments(turns)).labels if i != IGNORE_INDEX]
         answers = "".join(t["value"] + template.stop for t in turns if t["from"] == "gpt")
         found = gate.encoder.tokenizer.decode(targets, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if bare(found) == bare(answers): continue
+        if bare(found) == bare(answers):
+            continue
         would = f"would learn {shown(found)} where the answers are {shown(answers)}"
         yield f"template {shown(template.name)} with this tokenizer {would}; choose another template"
 
 # %% ../../nbs/safe/08_doctor.ipynb #fb11163c
 def look(
-    source: Folder, # or shards
-    image: str, # an image that is there
-    deep: bool = False, # decode it
-) -> tuple[BadRecord | None, list[str]]: # what is wrong; what is odd
+    source: Folder,  # or shards
+    image: str,  # an image that is there
+    deep: bool = False,  # decode it
+) -> tuple[BadRecord | None, list[str]]:  # what is wrong; what is odd
     "Open an image and check it."
     try:
-        with open_image(source.open(image)) as opened: odd = oddities(opened, image)
+        with open_image(source.open(image)) as opened:
+            odd = oddities(opened, image)
         if deep:
-            with open_image(source.open(image)) as opened: opened.load()       # again: `oddities` has read on
+            with open_image(source.open(image)) as opened:
+                opened.load()  # again: `oddities` has read on
         return None, odd
     except OSError as e:
         what = f"{shown(image)} cannot be read ({printable(e.strerror or e, 200)})"
@@ -102,26 +109,29 @@ def look(
         return BadRecord(kind, what, "replace it, or leave the record out", "image"), []
 
 # %% ../../nbs/safe/08_doctor.ipynb #77229d31
-LISTED = 10_000       # notes of a kind that are kept; all are counted
+LISTED = 10_000  # notes of a kind that are kept; all are counted
 
+# %% ../../nbs/safe/08_doctor.ipynb #9c1e6424
 @dataclass
 class Findings:
     "What a doctor found in records and images."
-    problems: list[Problem] = field(default_factory=list)            # in order
-    notes: dict[str, list[Problem]] = field(default_factory=dict)    # the first `LISTED` of each kind
-    counts: Counter = field(default_factory=Counter)                 # records by note
-    sources: dict[str, Counter] = field(default_factory=dict)        # of each source: "good", "bad"
+
+    problems: list[Problem] = field(default_factory=list)  # in order
+    notes: dict[str, list[Problem]] = field(default_factory=dict)  # the first `LISTED` of each kind
+    counts: Counter = field(default_factory=Counter)  # records by note
+    sources: dict[str, Counter] = field(default_factory=dict)  # of each source: "good", "bad"
     origins: dict[str, Folder | None] = field(default_factory=dict)  # where the images of each file are
-    samples: list[Problem] = field(default_factory=list)             # good records, the first of each source
-    pictures: dict[str, BadRecord | None] = field(default_factory=dict)      # what is wrong with each that was opened
+    samples: list[Problem] = field(default_factory=list)  # good records, the first of each source
+    pictures: dict[str, BadRecord | None] = field(default_factory=dict)  # what is wrong with each that was opened
     total = property(lambda self: sum(sum(c.values()) for c in self.sources.values()))
     good = property(lambda self: sum(c["good"] for c in self.sources.values()))
 
-    def add(self,
-        records: Records, # see `with_pictures`
-        source: Folder | None, # or shards; where their images come from
-        deep: bool = False, # see `look`
-        threads: int = 16, # a disk answers many at once
+    def add(
+        self,
+        records: Records,  # see `with_pictures`
+        source: Folder | None,  # or shards; where their images come from
+        deep: bool = False,  # see `look`
+        threads: int = 16,  # a disk answers many at once
     ) -> None:
         "Open the images of validated records."
         paths = _by_path(records)
@@ -131,7 +141,8 @@ class Findings:
         bad = {i: opened[image][0] for image, rows in paths.items() if opened[image][0] for i in rows}
         odd = {what: rows.tolist() for what, rows in records.noted().items()}
         for image, rows in paths.items():
-            for what in opened[image][1]: odd.setdefault(what, []).extend(rows)
+            for what in opened[image][1]:
+                odd.setdefault(what, []).extend(rows)
         self.origins |= dict.fromkeys(records.files, source)
         self._add_problems(records, bad)
         self._add_notes(records, odd | _duplicate_ids(records))
@@ -139,54 +150,63 @@ class Findings:
     def _add_problems(self, records: Records, bad: dict[int, BadRecord]) -> None:
         problems = [*records.problems, *(records.place(i, wrong) for i, wrong in bad.items())]
         self.problems += sorted(problems, key=lambda p: (p.file, p.index))
-        for p in problems: self.sources.setdefault(p.source, Counter())["bad"] += 1
+        for p in problems:
+            self.sources.setdefault(p.source, Counter())["bad"] += 1
         for i, name in enumerate(records.values("source")):
-            if i in bad: continue
+            if i in bad:
+                continue
             counts = self.sources.setdefault(name, Counter())
             counts["good"] += 1
-            if counts["good"] > 1: continue
+            if counts["good"] > 1:
+                continue
             self.samples.append(records.place(i, BadRecord("note", f"the first record of {shown(name)}")))
 
     def _add_notes(self, records: Records, odd: dict[str, list[int]]) -> None:
         for what, rows in odd.items():
             self.counts[what] += len(rows)
             kept = self.notes.setdefault(what, [])
-            kept += [records.place(i, BadRecord("note", what)) for i in sorted(rows)[:LISTED - len(kept)]]
+            kept += [records.place(i, BadRecord("note", what)) for i in sorted(rows)[: LISTED - len(kept)]]
 
 # %% ../../nbs/safe/08_doctor.ipynb #3ccd280a
 def _by_path(records: Records) -> dict[str, list[int]]:
     "The records that show each image."
     found: dict[str, list[int]] = {}
     for i, image in enumerate(records.images()):
-        if image is not None: found.setdefault(image, []).append(i)
+        if image is not None:
+            found.setdefault(image, []).append(i)
     return found
+
 
 def _duplicate_ids(records: Records) -> dict[str, list[int]]:
     "Records whose id another record has, too; harmless, since a record is known by its place."
     seen, doubled = set(), []
     for i, name in enumerate(records.values("id")):
-        if name in seen: doubled.append(i)
+        if name in seen:
+            doubled.append(i)
         seen.add(name)
     return {"an id that another record has": doubled} if doubled else {}
 
 # %% ../../nbs/safe/08_doctor.ipynb #f696c231
 def by_kind(
     problems: Sequence[Problem],
-) -> dict[str, list[Problem]]: # the most frequent kind first
+) -> dict[str, list[Problem]]:  # the most frequent kind first
     "Problems grouped by kind."
     kinds: dict[str, list[Problem]] = {}
-    for p in problems: kinds.setdefault(p.kind, []).append(p)
+    for p in problems:
+        kinds.setdefault(p.kind, []).append(p)
     return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
+
 
 def summary(
     found: Findings,
-    most: int = SHOWN, # problems of a kind
+    most: int = SHOWN,  # problems of a kind
 ) -> str:
     "Problems by kind, the most frequent first."
     kinds = by_kind(found.problems)
     counts = f"{found.good:,} can be trained on, {len(found.problems):,} findings of {len(kinds):,} kinds"
     lines = [f"{found.total:,} records: {counts}"]
-    if len(found.sources) > 1: lines.append(f"good, by source: {_by_source(found.sources)}")
+    if len(found.sources) > 1:
+        lines.append(f"good, by source: {_by_source(found.sources)}")
     for kind, problems in kinds.items():
         sources = Counter(p.source for p in problems).most_common(8)
         lines.append(f"{kind}: {len(problems):,} ({', '.join(f'{name} {n:,}' for name, n in sources)})")
@@ -197,6 +217,7 @@ def summary(
         lines.append(f"noted: {n:,} x {what}, first record {first.index} (id {first.id})")
     return "\n".join(lines)
 
+
 def _by_source(sources: dict[str, Counter], most: int = 8) -> str:
     "Good records of all, the largest sources first."
     largest = sorted(sources.items(), key=lambda item: -item[1].total())[:most]
@@ -206,74 +227,88 @@ def _by_source(sources: dict[str, Counter], most: int = 8) -> str:
 # %% ../../nbs/safe/08_doctor.ipynb #35fe3d6c
 def line(
     p: Problem,
-    record, # as its file has it
-) -> dict: # JSON
+    record,  # as its file has it
+) -> dict:  # JSON
     "A finding for a program, passwords in addresses masked."
     names = ("file", "index", "id", "source", "kind", "field", "what", "remedy", "message")
     value = masked(_value_at(p.field, record))
-    if p.field and value is not None: value = printable(value, 200) if isinstance(value, str) else shown(value, 200)
+    if p.field and value is not None:
+        value = printable(value, 200) if isinstance(value, str) else shown(value, 200)
     return {name: masked(getattr(p, name)) for name in names} | {"value": value}
 
-def _value_at(field: str, record): # None: there is no such field
+
+def _value_at(field: str, record):  # None: there is no such field
     "The value of a field: `conversations[1].value`."
     value = record if field else None
     for key in field.replace("[", ".").replace("]", "").split("."):
-        try: value = value[int(key) if isinstance(value, list) else key]
-        except (LookupError, TypeError, ValueError): value = None
+        try:
+            value = value[int(key) if isinstance(value, list) else key]
+        except (LookupError, TypeError, ValueError):
+            value = None
     return value
 
 # %% ../../nbs/safe/08_doctor.ipynb #f96c1612
 def thumbnail(
-    source: Folder | None, # or shards
-    record, # may be anything
-    side: int = 160, # pixels
-) -> str: # HTML
+    source: Folder | None,  # or shards
+    record,  # may be anything
+    side: int = 160,  # pixels
+) -> str:  # HTML
     "A record's image, or why there is none."
     image = image_of(record) if isinstance(record, dict) else None
-    if image is None: return ""
-    if source is None or not isinstance(image, str) or source.problems([image]): return "<i>no image</i>"
+    if image is None:
+        return ""
+    if source is None or not isinstance(image, str) or source.problems([image]):
+        return "<i>no image</i>"
     try:
         with open_image(source.open(image)) as opened:
             longest = max(opened.size)
             small = scale(opened, tuple(max(1, min(n, n * side // longest)) for n in opened.size))
         small.save(out := io.BytesIO(), "JPEG", quality=80)
         return f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}">'
-    except (ValueError, OSError): return "<i>cannot be shown</i>"
+    except (ValueError, OSError):
+        return "<i>cannot be shown</i>"
 
+# %% ../../nbs/safe/08_doctor.ipynb #8e0790b6
 def strip(
-    record, # may be anything
-    gate: Gate,
-    longest: int = 400, # tokens
-) -> str: # HTML
+    record,  # may be anything
+    gate: RecordValidator,
+    longest: int = 400,  # tokens
+) -> str:  # HTML
     "A record as the model reads it, or as it is if it cannot."
-    try: encoded = gate.encoder(gate.template.segments(validate_record(record)))
-    except ValueError: return f"<pre>{_html(shown(masked(record), 1500))}</pre>"
+    try:
+        encoded = gate.encoder(gate.template.segments(validate_record(record)))
+    except ValueError:
+        return f"<pre>{_html(shown(masked(record), 1500))}</pre>"
     ids, to_token = encoded.input_ids[:longest], gate.encoder.tokenizer.convert_ids_to_tokens
     tokens = ["<image>" if i == gate.encoder.image_token_id else printable(to_token(i)) for i in ids]
     more = f"<p>and {len(encoded.input_ids) - longest:,} more tokens" if len(encoded.input_ids) > longest else ""
     return token_html(tokens, [label != IGNORE_INDEX for label in encoded.labels[:longest]]) + more
+
 
 def _html(value: object) -> str:
     "Text of a record on the page: passwords masked, markup and control characters escaped."
     return escape(printable(masked(str(value))))
 
 # %% ../../nbs/safe/08_doctor.ipynb #0cc9eb72
-WHOLE = 3       # problems of a kind that are shown with image and text
+WHOLE = 3  # problems of a kind that are shown with image and text
 _STYLE = """body{font:15px system-ui;max-width:75em;margin:2em auto;padding:0 1em;overflow-wrap:anywhere}
 table{border-collapse:collapse}td,th{text-align:left;padding:.2em .8em .2em 0;vertical-align:top;min-width:5em}
 tr+tr{border-top:1px solid #eee}h2{font-size:1.1em;margin-top:2em}pre{white-space:pre-wrap}
 .card{display:grid;grid-template-columns:170px minmax(0,1fr);gap:1em;margin:1em 0;padding:.6em;border:1px solid #ccc}
 @media(max-width:700px){.card{grid-template-columns:minmax(0,1fr)}td,th{padding-right:.4em;font-size:13px}}"""
 _COLUMNS = ["file", "record", "id", "source", "what and what to do"]
-_HEAD = ("<!doctype html><meta charset=utf-8><meta name=viewport content=width=device-width><title>findings</title>"
-         f"<style>{_STYLE}</style>")
+_HEAD = (
+    "<!doctype html><meta charset=utf-8><meta name=viewport content=width=device-width><title>findings</title>"
+    f"<style>{_STYLE}</style>"
+)
+
 
 def page(
     found: Findings,
-    gate: Gate,
-    rows: dict[tuple[str, int], str], # JSON texts by file and place, of what is shown in full
-    each: int = SHOWN, # problems of a kind that are listed
-) -> str: # HTML that needs nothing else
+    gate: RecordValidator,
+    rows: dict[tuple[str, int], str],  # JSON texts by file and place, of what is shown in full
+    each: int = SHOWN,  # problems of a kind that are listed
+) -> str:  # HTML that needs nothing else
     "All findings by kind, with images and masks."
     card = lambda p: _card(p, found, gate, rows)
     counts = [(name, c["good"], c["bad"]) for name, c in found.sources.items()]
@@ -282,33 +317,38 @@ def page(
     for kind, problems in by_kind(found.problems).items():
         listed = [(Path(p.file).name, p.index, p.id, p.source, p.message) for p in problems[:each]]
         parts += [f"<h2>{kind}: {len(problems):,}</h2>", _table(_COLUMNS, listed)]
-        if len(problems) > each: parts.append(f"<p>and {len(problems) - each:,} more, in findings.jsonl")
+        if len(problems) > each:
+            parts.append(f"<p>and {len(problems) - each:,} more, in findings.jsonl")
         parts += map(card, problems[:WHOLE])
     for what, n in found.counts.most_common():
         parts += [f"<h2>noted: {n:,} x {_html(what)}</h2>", *map(card, found.notes[what][:1])]
     return "".join([_HEAD, *parts, "<h2>what a run learns</h2>", *map(card, found.samples[:12])])
 
 # %% ../../nbs/safe/08_doctor.ipynb #d68e5465
-def _card(p: Problem, found: Findings, gate: Gate, rows: dict[tuple[str, int], str]) -> str:
+def _card(p: Problem, found: Findings, gate: RecordValidator, rows: dict[tuple[str, int], str]) -> str:
     "One record in full."
     record = _record(rows[p.file, p.index]) if (p.file, p.index) in rows else None
     text = f"<b>record {p.index} (id {_html(p.id)})</b> {_html(p.message)}{strip(record, gate)}"
     return f"<div class=card><div>{thumbnail(found.origins.get(p.file), record)}</div><div>{text}</div></div>"
 
+
 def _table(header: Sequence[str], rows: Iterable[Sequence]) -> str:
     body = "".join("<tr>" + "".join(f"<td>{_html(value)}" for value in row) for row in rows)
     return f"<table><tr>{''.join(f'<th>{_html(name)}' for name in header)}{body}</table>"
 
-def _record(row: str): # any value of JSON
+
+def _record(row: str):  # any value of JSON
     "A record as its file has it; its text where it is none."
-    try: return parsed(row)[0]
-    except BadRecord: return row[:2000]
+    try:
+        return parsed(row)[0]
+    except BadRecord:
+        return row[:2000]
 
 # %% ../../nbs/safe/08_doctor.ipynb #65d4f6f1
 def write(
     found: Findings,
-    gate: Gate,
-    folder: Path, # gets findings.jsonl and findings.html
+    gate: RecordValidator,
+    folder: Path,  # gets findings.jsonl and findings.html
 ) -> None:
     "Write the full list for a program and a page for a person."
     folder.mkdir(parents=True, exist_ok=True)
@@ -319,11 +359,14 @@ def write(
         for file in found.origins:
             wanted = {index for name, index in listed.keys() | keep if name == file}
             for k, row in raw_rows(file, wanted):
-                if (file, k) in keep: rows[file, k] = row
+                if (file, k) in keep:
+                    rows[file, k] = row
                 out.writelines(json.dumps(line(p, _record(row))) + "\n" for p in listed.get((file, k), ()))
-    with open_new(folder / "findings.html") as out: out.write(page(found, gate, rows))
+    with open_new(folder / "findings.html") as out:
+        out.write(page(found, gate, rows))
 
-def _shown_in_full(found: Findings) -> set[tuple[str, int]]: # file and place
+
+def _shown_in_full(found: Findings) -> set[tuple[str, int]]:  # file and place
     kinds = [ps[:WHOLE] for ps in by_kind(found.problems).values()]
     notes = [ps[:1] for ps in found.notes.values()]
     return {(p.file, p.index) for ps in (found.samples[:12], *kinds, *notes) for p in ps}
@@ -331,12 +374,12 @@ def _shown_in_full(found: Findings) -> set[tuple[str, int]]: # file and place
 # %% ../../nbs/safe/08_doctor.ipynb #1807fff6
 def first_look(
     dataset: ValidatedDataset,
-    seconds: float, # at most
+    seconds: float,  # at most
     rank: int = 0,
-    world_size: int = 1, # ranks that share the images
-    threads: int = 16, # see `Findings.add`
-    known: dict[str, BadRecord | None] | None = None, # what is wrong with each image, from a doctor who has opened all
-) -> tuple[int, list[Problem]]: # images that this rank opened; a record of each that cannot be read
+    world_size: int = 1,  # ranks that share the images
+    threads: int = 16,  # see `Findings.add`
+    known: dict[str, BadRecord | None] | None = None,  # what is wrong with each image, from a doctor who has opened all
+) -> tuple[int, list[Problem]]:  # images that this rank opened; a record of each that cannot be read
     "Open the headers of as many images as the time allows."
     records = dataset.records
     pictures, first = np.unique(dataset.pictures, return_index=True)
@@ -346,7 +389,7 @@ def first_look(
     until, opened, bad = time.monotonic() + seconds, 0, []
     with ThreadPoolExecutor(threads) as pool:
         while opened < len(order) and time.monotonic() < until:
-            some = order[opened:opened + 16 * threads]
+            some = order[opened : opened + 16 * threads]
             checked = pool.map(lambda i: look(dataset.source, records.image(i))[0], some)
             bad += [records.place(i, wrong) for i, wrong in zip(some, checked) if wrong]
             opened += len(some)

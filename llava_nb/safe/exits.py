@@ -20,12 +20,12 @@ from typing import NoReturn
 # %% ../../nbs/safe/01_exits.ipynb #1bfc4327
 REFUSED, TOO_MANY_BAD, NO_CHECKPOINT = 2, 3, 4
 NOT_FINITE, NO_DATA, NO_STORAGE, LOST_RANK, OUT_OF_MEMORY = 5, 6, 7, 8, 9
-STOPPED = 75        # EX_TEMPFAIL of sysexits.h
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 EXIT_CODES = {
     0: "all steps are done and the result was read back",
     REFUSED: "the configuration or the data cannot be trained on",
-    TOO_MANY_BAD: "more records are bad than max_bad allows",
+    TOO_MANY_BAD: "more records are bad than max_bad_records allows",
     NO_CHECKPOINT: "no checkpoint can be resumed, or its settings differ",
     NOT_FINITE: "a gradient is NaN or infinite; nothing was updated",
     NO_DATA: "data loading failed: a worker died or the file system stopped responding",
@@ -36,32 +36,38 @@ EXIT_CODES = {
 }
 
 # %% ../../nbs/safe/01_exits.ipynb #3d0e47c2
-CODES_FOLDER = "LLAVA_NB_NOTES"      # environment variable: the folder where ranks write their exit codes
+CODES_FOLDER = "LLAVA_NB_NOTES"  # environment variable: the folder where ranks write their exit codes
+
 
 def record_exit_code(
-    code: int, # exit code of this rank
+    code: int,  # exit code of this rank
     rank: int = 0,
-) -> int: # the code
+) -> int:  # the code
     "Write this rank's exit code where `llava_nb launch` looks for it."
     if folder := os.environ.get(CODES_FOLDER):
-        with contextlib.suppress(OSError):       # the launcher may have ended, and its folder with it
+        with contextlib.suppress(OSError):  # the launcher may have ended, and its folder with it
             (Path(folder) / str(rank)).write_text(str(code))
     return code
 
+
 def ignore_dead_workers() -> None:
     "Stop a DataLoader from raising in the main thread when a worker ends: the end is already known."
-    if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
 
 def kill_children() -> None:
     "Kill this process's own workers, suspended ones too."
-    import psutil       # 20 ms that `--help` does not need
+    import psutil  # 20 ms that `--help` does not need
+
     ignore_dead_workers()
     for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess): process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 # %% ../../nbs/safe/01_exits.ipynb #5f5af96b
 def exit_now(
-    code: int, # exit code
+    code: int,  # exit code
     rank: int = 0,
 ) -> NoReturn:
     "End this process at once, from any thread."
@@ -69,12 +75,14 @@ def exit_now(
     kill_children()
     _leave(code)
 
+
 def exit_process(
-    code: int, # exit code
+    code: int,  # exit code
 ) -> NoReturn:
     "End this process as a program does: exit functions run, output is flushed, the interpreter is not taken apart."
     atexit._run_exitfuncs()
     _leave(code)
+
 
 def _leave(code: int) -> NoReturn:
     sys.stdout.flush()

@@ -12,49 +12,58 @@ from ..base.terminal import say
 from ..fast.engine import unpartitioned
 from ..fast.zero import from_all_ranks
 from .checkpoint_writer import CheckpointWriter
-from .disk_space import missing_of
+from .disk_space import missing_parts
 from .evaluation import best_checkpoint
-from .integrity import publish, read_back, restore_weights, seal_alone
-from .storage import clear, fail_point, together
+from .integrity import publish, read_back, restore_weights, commit_folder
+from .storage import clear, fail_point, raise_on_all_ranks
 from ..trainer import LlavaTrainer
 
 # %% ../../nbs/safe/22_export.ipynb #0490fc1f
 def export(
-    trainer: LlavaTrainer, # that has trained
-    writer: CheckpointWriter, # of its checkpoints
-    trained: bool = True, # False: a finished run, resumed, whose result may be there
+    trainer: LlavaTrainer,  # that has trained
+    writer: CheckpointWriter,  # of its checkpoints
+    trained: bool = True,  # False: a finished run, resumed, whose result may be there
 ) -> None:
     "Write the result; it is in its place when it was read back. Every rank must call."
     out, lead = Path(trainer.args.output_dir), trainer.args.should_save
-    with together():
+    with raise_on_all_ranks():
         fail_point("export.begin")
-        if lead: writer.check_hold()
+        if lead:
+            writer.check_hold()
     missing = from_all_ranks(_missing(trainer, writer, trained) if lead else "")[0]
-    if missing == "nothing": return
+    if missing == "nothing":
+        return
     if missing == "all":
-        if writer.keep_best: load_best(trainer)
+        if writer.keep_best:
+            load_best(trainer)
         _write(trainer, out / "exporting")
-    with together():
+    with raise_on_all_ranks():
         if lead:
             writer.check_hold()
             publish(out / "exporting", out)
 
-def _missing(trainer: LlavaTrainer, writer: CheckpointWriter, trained: bool) -> str:
-    if trained: return "all"
-    return missing_of(Path(trainer.args.output_dir), writer.resumed, trainer.state.global_step, writer.recipe)
 
+def _missing(trainer: LlavaTrainer, writer: CheckpointWriter, trained: bool) -> str:
+    if trained:
+        return "all"
+    return missing_parts(Path(trainer.args.output_dir), writer.resumed, trainer.state.global_step, writer.recipe)
+
+# %% ../../nbs/safe/22_export.ipynb #e0e74c28
 def _write(trainer: LlavaTrainer, made: Path) -> None:
     lead = trainer.args.should_save
-    with together():
-        if lead: clear(made)
+    with raise_on_all_ranks():
+        if lead:
+            clear(made)
     trainer.save_model(str(made))
-    with together():
+    with raise_on_all_ranks():
         fail_point("export.written")
-        if not lead: return
-        with unpartitioned(): read_back(made, trainer.args.stage)
+        if not lead:
+            return
+        with unpartitioned():
+            read_back(made, trainer.args.stage)
         fail_point("export.read")
         trainer.state.save_to_json(str(made / "trainer_state.json"))
-        seal_alone(made)
+        commit_folder(made)
         fail_point("export.hashed")
 
 # %% ../../nbs/safe/22_export.ipynb #1f185aa0
@@ -64,10 +73,16 @@ def load_best(
     "Take the weights of the checkpoint with the least evaluation loss. Every rank must call."
     out, lead = Path(trainer.args.output_dir), trainer.args.should_save
     step, said, error = from_all_ranks(_best(trainer, out) if lead else (None, "", None))[0]
-    if error: raise error
-    if step is not None: restore_weights(trainer.model, out / f"checkpoint-{step}")
-    if lead: say(f"best: {said}")
+    if error:
+        raise error
+    if step is not None:
+        restore_weights(trainer.model, out / f"checkpoint-{step}")
+    if lead:
+        say(f"best: {said}")
+
 
 def _best(trainer: LlavaTrainer, out: Path) -> tuple[int | None, str, Exception | None]:
-    try: return *best_checkpoint(trainer.state, out), None
-    except ValueError as error: return None, "", error
+    try:
+        return *best_checkpoint(trainer.state, out), None
+    except ValueError as error:
+        return None, "", error

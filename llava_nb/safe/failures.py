@@ -28,30 +28,42 @@ from ..store.dataset import UndecodableImage
 # %% ../../nbs/safe/11_failures.ipynb #940b72e3
 # A bare RuntimeError of a library: there is no type for these
 ALLOCATORS = re.compile(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED|bad_alloc")
-TRANSPORTS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset) by|ProcessGroup|Broken pipe|Socket Timeout|"
-                        r"process group")
+TRANSPORTS = re.compile(
+    r"gloo|NCCL|[Cc]onnection (closed|reset) by|ProcessGroup|Broken pipe|Socket Timeout|"
+    r"process group"
+)
+
 
 def cause_of(
     error: BaseException,
-) -> BaseException: # the error itself, or what kept a batch from arriving
+) -> BaseException:  # the error itself, or what kept a batch from arriving
     return error.__cause__ or error if isinstance(error, DataFailed) else error
 
+# %% ../../nbs/safe/11_failures.ipynb #ffb09e75
 def exit_code_of(
-    error: BaseException, # from a training
-    workers: Sequence[multiprocessing.Process] = (), # of the DataLoader
-) -> int | None: # None: neither data, memory nor a peer: a bug
+    error: BaseException,  # from a training
+    workers: Sequence[multiprocessing.Process] = (),  # of the DataLoader
+) -> int | None:  # None: neither data, memory nor a peer: a bug
     "The exit code that an error stands for."
-    def says(words: re.Pattern) -> bool: return isinstance(cause, RuntimeError) and bool(words.search(str(cause)))
+
+    def says(words: re.Pattern) -> bool:
+        return isinstance(cause, RuntimeError) and bool(words.search(str(cause)))
+
     cause = cause_of(error)
-    if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or says(ALLOCATORS): return OUT_OF_MEMORY
-    if isinstance(error, DataFailed): return NO_DATA
-    if isinstance(error, RuntimeError) and any(p.exitcode for p in workers): return NO_DATA
-    if isinstance(error, torch.distributed.DistError) or says(TRANSPORTS): return LOST_RANK
+    if isinstance(cause, (torch.OutOfMemoryError, MemoryError)) or says(ALLOCATORS):
+        return OUT_OF_MEMORY
+    if isinstance(error, DataFailed):
+        return NO_DATA
+    if isinstance(error, RuntimeError) and any(p.exitcode for p in workers):
+        return NO_DATA
+    if isinstance(error, torch.distributed.DistError) or says(TRANSPORTS):
+        return LOST_RANK
     return None
+
 
 def last_words(
     error: BaseException,
-) -> str: # one line
+) -> str:  # one line
     "The message of an error; of one that comes from a worker, the worker's own."
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     found = lines[-1 if "Original Traceback" in str(error) else 0]
@@ -61,7 +73,8 @@ def last_words(
 def _data_line(dog: TrainingWatchdog, error: BaseException) -> str:
     "Which worker has ended, how, and which records it held."
     if isinstance(error, (EOFError, OSError, RuntimeError)):
-        for p in dog.workers: p.join(.3)      # a connection is lost before its process is
+        for p in dog.workers:
+            p.join(0.3)  # a connection is lost before its process is
     dead = [(k, p) for k, p in enumerate(dog.workers) if p.exitcode is not None]
     if dead:
         lines = "; ".join(_dead_line(dog, k, p) for k, p in dead)
@@ -70,13 +83,18 @@ def _data_line(dog: TrainingWatchdog, error: BaseException) -> str:
     hint = f"; {_UNDECODABLE}" if isinstance(error, UndecodableImage) else ""
     return f"{last_words(error)}{records}{hint}"
 
-_UNDECODABLE = ("`llava_nb doctor CONFIG.json --deep` finds all such images, and its --findings with --bad_records "
-                "leave them out")
+
+_UNDECODABLE = (
+    "`llava_nb doctor CONFIG.json --deep` finds all such images, and its --findings with --bad_records leave them out"
+)
+
 
 def _dead_line(dog: TrainingWatchdog, k: int, p: multiprocessing.Process) -> str:
     how = f"ended with exit code {p.exitcode}"
-    if p.exitcode < 0: how = f"was killed by {signal.Signals(-p.exitcode).name}"
+    if p.exitcode < 0:
+        how = f"was killed by {signal.Signals(-p.exitcode).name}"
     return f"worker {k} (pid {p.pid}) {how}, in hand {record_ids(dog.trainer, dog.feed.under_way(k))}"
+
 
 def _held() -> str:
     held, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
@@ -86,10 +104,14 @@ def _held() -> str:
 def _memory_line(dog: TrainingWatchdog, error: BaseException) -> str:
     found = dog.tried or row_of(dog.trainer, dog.trainer.state.global_step, dog.micro)
     file = dog.folder / "out_of_memory.json"
-    with contextlib.suppress(OSError), open_new(file) as f: json.dump(found | {"said": last_words(error)}, f, indent=1)
-    return (f"out of memory in row {found['row']} of {found['tokens']:,} tokens and {found['pictures']} images "
-            f"({last_words(error)}); lower max_tokens (now {dog.trainer.args.max_tokens}), "
-            f"or set recompute full, zero 3 or offload; the row's records are in {file}")
+    with contextlib.suppress(OSError), open_new(file) as f:
+        json.dump(found | {"said": last_words(error)}, f, indent=1)
+    return (
+        f"out of memory in row {found['row']} of {found['tokens']:,} tokens and {found['pictures']} images "
+        f"({last_words(error)}); lower max_tokens (now {dog.trainer.args.max_tokens}), "
+        f"or set recompute full, zero 3 or offload; the row's records are in {file}"
+    )
+
 
 def _peer_line(dog: TrainingWatchdog, error: BaseException) -> str:
     return f"another rank is gone ({last_words(error).split('. ')[0]})"
@@ -97,26 +119,32 @@ def _peer_line(dog: TrainingWatchdog, error: BaseException) -> str:
 # %% ../../nbs/safe/11_failures.ipynb #260212b4
 _LINES = {OUT_OF_MEMORY: _memory_line, NO_DATA: _data_line, LOST_RANK: _peer_line}
 
-def _fail(dog: TrainingWatchdog, code: int, error: BaseException) -> int: # exit code
+
+def _fail(dog: TrainingWatchdog, code: int, error: BaseException) -> int:  # exit code
     "Print one line, end the workers, and leave."
     ignore_dead_workers()
     say(f"llava_nb: {dog.where()}: {_LINES[code](dog, cause_of(error))}; {resumes_from(dog.folder)}", error=True)
     kill_children()
-    if dog.ranks == 1: return code
+    if dog.ranks == 1:
+        return code
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     dog.heart.beat("saving")
-    if code == LOST_RANK: time.sleep(3)
-    exit_now(code, dog.rank)        # no barrier, no exit function: the others are not there
+    if code == LOST_RANK:
+        time.sleep(3)
+    exit_now(code, dog.rank)  # no barrier, no exit function: the others are not there
+
 
 def run_with_watchdog(
     dog: TrainingWatchdog,
-    work: Callable[..., int], # a training
-    *args, # of it
-) -> int: # exit code
+    work: Callable[..., int],  # a training
+    *args,  # of it
+) -> int:  # exit code
     "Do some work inside the watchdog; an error with a known cause becomes a line and an exit code."
     with dog:
-        try: return work(*args)
+        try:
+            return work(*args)
         except Exception as e:
             code = exit_code_of(e, dog.workers) if dog.trainer else None
-            if code is None: raise
+            if code is None:
+                raise
             return _fail(dog, code, e)

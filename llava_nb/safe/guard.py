@@ -20,49 +20,61 @@ from .exits import NOT_FINITE
 # %% ../../nbs/safe/06_guard.ipynb #0e8a95c6
 class NotFinite(RuntimeError):
     "A gradient is NaN or infinite on some rank; no weight was changed by this step."
+
     exit_code = NOT_FINITE
 
+
 def finite(
-    tensors: Iterable[torch.Tensor], # of one device
+    tensors: Iterable[torch.Tensor],  # of one device
 ) -> bool:
     "Whether every number is finite. Allocates nothing of the tensors' size."
     parts = (part for t in tensors for part in t.detach().ravel().split(1 << 28) if len(part))
-    ends = [end.float() for part in parts for end in torch.aminmax(part)]      # both are NaN where a number is
+    ends = [end.float() for part in parts for end in torch.aminmax(part)]  # both are NaN where a number is
     return not ends or bool(torch.stack(ends).isfinite().all())
 
+
 def guard_optimizer(
-    optimizer, # torch's, accelerate's or DeepSpeed's; changed in place
-    device: torch.device | str = "cpu", # that the ranks exchange over
+    optimizer,  # torch's, accelerate's or DeepSpeed's; changed in place
+    device: torch.device | str = "cpu",  # that the ranks exchange over
 ) -> None:
     "Have an optimizer refuse a step whose gradient is not finite on any rank, before it touches a weight."
     engine = zero_optimizer(optimizer)
-    if engine is None: torch_optimizer(optimizer).register_step_pre_hook(_check_gradients)
-    else: guard_step(engine, lambda held: not anywhere(not finite([held]), device), _refuse)
+    if engine is None:
+        torch_optimizer(optimizer).register_step_pre_hook(_check_gradients)
+    else:
+        guard_step(engine, lambda held: not anywhere(not finite([held]), device), _refuse)
+
 
 def _check_gradients(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
     gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    if not finite(gradients): _refuse()
+    if not finite(gradients):
+        _refuse()
 
-def _refuse() -> NoReturn: raise NotFinite("a gradient is not finite")
+
+def _refuse() -> NoReturn:
+    raise NotFinite("a gradient is not finite")
 
 # %% ../../nbs/safe/06_guard.ipynb #27ff6c10
 def anywhere(
-    flag: bool, # of this rank
-    device: torch.device | str = "cpu", # that the ranks exchange over
+    flag: bool,  # of this rank
+    device: torch.device | str = "cpu",  # that the ranks exchange over
 ) -> bool:
     "Whether the flag is set on any rank. Every rank must ask."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return flag
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
     told = torch.tensor(int(flag), device=device)
     torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
     return bool(told.item())
 
+# %% ../../nbs/safe/06_guard.ipynb #95a89bc1
 class Guard(TrainerCallback):
     "Checks gradients, and records signals inside `with guard:`."
+
     signals = (signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
     def __init__(self):
-        self.noted: str | None = None       # the first signal
-        self.stopped = False                # whether the ranks agreed to stop
+        self.noted: str | None = None  # the first signal
+        self.stopped = False  # whether the ranks agreed to stop
         self.before: dict[int, Callable] = {}
 
     def __enter__(self) -> "Guard":
@@ -71,12 +83,15 @@ class Guard(TrainerCallback):
         return self
 
     def __exit__(self, *error) -> None:
-        for s, handler in self.before.items(): signal.signal(s, handler)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
-    def _note(self, number: int, frame) -> None: self.noted = self.noted or signal.Signals(number).name
+    def _note(self, number: int, frame) -> None:
+        self.noted = self.noted or signal.Signals(number).name
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        if optimizer is not None and not args.fp16: guard_optimizer(optimizer, args.device)
+        if optimizer is not None and not args.fp16:
+            guard_optimizer(optimizer, args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step < state.max_steps and anywhere(self.noted is not None, args.device):

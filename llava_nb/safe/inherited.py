@@ -14,26 +14,66 @@ from ..base.terminal import printable
 
 # %% ../../nbs/safe/16_inherited.ipynb #e26c424e
 ACTS = {
-    "output_dir", "seed", "data_seed", "full_determinism", "use_cpu", "deepspeed", "bf16", "fp16", "tf32",
+    "output_dir",
+    "seed",
+    "data_seed",
+    "full_determinism",
+    "use_cpu",
+    "deepspeed",
+    "bf16",
+    "fp16",
+    "tf32",
     # steps and batches
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
     # optimizer and schedule
-    "learning_rate", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "learning_rate",
+    "optim",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
     # memory
-    "activation_checkpointing", "gradient_checkpointing", "torch_empty_cache_steps",
+    "activation_checkpointing",
+    "gradient_checkpointing",
+    "torch_empty_cache_steps",
     # loading
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
     "dataloader_multiprocessing_context",
     # evaluation
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
+    "eval_strategy",
+    "eval_steps",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
     # saving
-    "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
     # what is said
-    "logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_level_replica", "log_on_each_node",
-    "disable_tqdm", "report_to", "run_name",
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
 }
-NO_EFFECT = {"do_train", "do_eval", "skip_memory_metrics"}      # a value changes nothing, and run/02_config says so
+
+# %% ../../nbs/safe/16_inherited.ipynb #a0e76bb4
+NO_EFFECT = {"do_train", "do_eval", "skip_memory_metrics"}  # a value changes nothing, and run/02_config says so
 
 # %% ../../nbs/safe/16_inherited.ipynb #0b05fb99
 _HUB = "nothing is sent to the hub; upload the result yourself (hf upload OWNER/NAME OUTPUT_DIR)"
@@ -46,6 +86,7 @@ _RECOMPUTE = "--recompute none, cheap or full says what is computed again"
 _CHECKPOINT = "a checkpoint holds all that is needed to go on, written by the first machine"
 _GRADIENTS = "the guard stops a run at the first gradient that is not a number"
 
+# %% ../../nbs/safe/16_inherited.ipynb #8f2ea976
 REFUSED = {
     "accelerator_config": "the plan deals the records to the ranks; nothing is left for accelerate to share out",
     "activation_checkpointing_kwargs": _RECOMPUTE,
@@ -110,22 +151,31 @@ REFUSED = {
     "use_cache": "a key-value cache is for answers, not for training",
     "use_liger_kernel": "use --loss_kernel liger",
 }
+
+# %% ../../nbs/safe/16_inherited.ipynb #3c4d9277
 BEST_BY = ("loss", "eval_loss")
-AS_IT_IS = {"metric_for_best_model": BEST_BY, "greater_is_better": (False,), "prediction_loss_only": (True,),
-            "ddp_find_unused_parameters": (False,)}      # values that are not the default and say what is done anyway
+AS_IT_IS = {
+    "metric_for_best_model": BEST_BY,
+    "greater_is_better": (False,),
+    "prediction_loss_only": (True,),
+    "ddp_find_unused_parameters": (False,),
+}  # values that are not the default and say what is done anyway
 
 # %% ../../nbs/safe/16_inherited.ipynb #22729f9f
 def plain(
-    value: Any, # of a setting, as people write it
+    value: Any,  # of a setting, as people write it
 ) -> str:
     "A value for comparisons: 1, 1.0 and '1' are one, and so are no, false and False."
     text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip().lower()
     text = {"no": "false", "yes": "true", "none": "", "null": ""}.get(text, text)
-    try: return str(float(text))
-    except ValueError: return text
+    try:
+        return str(float(text))
+    except ValueError:
+        return text
+
 
 def as_given(
-    key: str, # of a setting
+    key: str,  # of a setting
     value: Any,
 ) -> str:
     "A flag with its value, cut; never a token of the hub."
@@ -136,18 +186,21 @@ def _default(of: Field) -> Any:
     made = of.default is MISSING and of.default_factory is not MISSING
     return of.default_factory() if made else of.default
 
+
 def refused(
-    settings: dict[str, Any], # what was set, by name
-    known: Iterable[Field], # of the training arguments
-    own: Iterable[str] = (), # names of fields that are the kit's
-) -> list[str]: # a line for each setting that would not act
+    settings: dict[str, Any],  # what was set, by name
+    known: Iterable[Field],  # of the training arguments
+    own: Iterable[str] = (),  # names of fields that are the kit's
+) -> list[str]:  # a line for each setting that would not act
     "What is set to something else than its default, and acts on nothing."
     found, fine = [], ACTS | NO_EFFECT | (set(own) - set(REFUSED))
     for of in known:
         name = of.name
-        if name not in settings or name in fine: continue
+        if name not in settings or name in fine:
+            continue
         value = settings[name]
-        if plain(value) in map(plain, (_default(of), *AS_IT_IS.get(name, ()))): continue
+        if plain(value) in map(plain, (_default(of), *AS_IT_IS.get(name, ()))):
+            continue
         why = REFUSED.get(name, "this version of transformers has it, and nothing here is known to act on it")
         found.append(f"{as_given(name, value)} is not supported: {why}; leave it out")
     return found

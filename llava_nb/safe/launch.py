@@ -23,49 +23,70 @@ import torch
 
 from ..base.terminal import say
 from ..fast.zero import free_port
-from .exits import (CODES_FOLDER, LOST_RANK, NO_CHECKPOINT, NO_DATA, NO_STORAGE, NOT_FINITE, OUT_OF_MEMORY,
-                                 REFUSED, STOPPED, TOO_MANY_BAD)
+from llava_nb.safe.exits import (
+    CODES_FOLDER,
+    LOST_RANK,
+    NO_CHECKPOINT,
+    NO_DATA,
+    NO_STORAGE,
+    NOT_FINITE,
+    OUT_OF_MEMORY,
+    REFUSED,
+    STOPPED,
+    TOO_MANY_BAD,
+)
 from .processes import LAUNCHER
 
 # %% ../../nbs/safe/15_launch.ipynb #2b28f870
-CAUSES = (NOT_FINITE, OUT_OF_MEMORY, NO_DATA, NO_STORAGE, REFUSED, TOO_MANY_BAD, NO_CHECKPOINT)      # in this order
+CAUSES = (NOT_FINITE, OUT_OF_MEMORY, NO_DATA, NO_STORAGE, REFUSED, TOO_MANY_BAD, NO_CHECKPOINT)  # in this order
+
 
 def verdict(
-    returned: int, # by the process that was started; negative: the signal that killed it
-    recorded: list[int], # exit codes that ranks wrote to files
-) -> int: # exit code as a shell has it: 128 + number for a signal
+    returned: int,  # by the process that was started; negative: the signal that killed it
+    recorded: list[int],  # exit codes that ranks wrote to files
+) -> int:  # exit code as a shell has it: 128 + number for a signal
     "The one exit code of a run."
     for cause in CAUSES:
-        if cause in recorded: return cause
+        if cause in recorded:
+            return cause
     killed = -returned if returned < 0 else 256 - returned if returned > 192 else 0
-    if killed: return 128 + killed
-    if LOST_RANK in recorded: return LOST_RANK
+    if killed:
+        return 128 + killed
+    if LOST_RANK in recorded:
+        return LOST_RANK
     return STOPPED if returned and STOPPED in recorded else returned
 
+
 def starts_again(
-    code: int, # see `verdict`
+    code: int,  # see `verdict`
 ) -> bool:
     "Whether the same run may get further: after lost data, a lost or killed rank, a signal to a rank."
     return code in (NO_DATA, LOST_RANK, STOPPED, 128 + signal.SIGKILL)
 
 # %% ../../nbs/safe/15_launch.ipynb #2f2b8a35
 def command(
-    argv: list[str], # of `train.py`
-    ranks: int, # 0: one plain process
+    argv: list[str],  # of `train.py`
+    ranks: int,  # 0: one plain process
 ) -> list[str]:
     "The command that is started."
     train = str(files("llava_nb") / "train.py")
-    if not ranks: return [sys.executable, train, *argv]
+    if not ranks:
+        return [sys.executable, train, *argv]
     found = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
-        raise FileNotFoundError("the command deepspeed is not installed beside this Python; pip install deepspeed, "
-                                "or --ranks 0")
+        raise FileNotFoundError(
+            "the command deepspeed is not installed beside this Python; pip install deepspeed, or --ranks 0"
+        )
     return [found, "--num_gpus", str(ranks), "--master_port", str(free_port()), train, *argv]
 
+
 def _ranks(process: subprocess.Popen) -> list[psutil.Process]:
-    try: below = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess: return []
+    try:
+        below = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
     return [p for p in below if _is_rank(p.cmdline())]
+
 
 def _is_rank(words: list[str]) -> bool:
     return any(w.endswith("train.py") for w in words[:4]) and any(w.startswith("--local_rank") for w in words)
@@ -73,9 +94,11 @@ def _is_rank(words: list[str]) -> bool:
 # %% ../../nbs/safe/15_launch.ipynb #29fe246b
 class Launch:
     "One run after another; inside `with`, signals go to the ranks."
+
     signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self): self.process, self.told, self.before = None, threading.Event(), {}
+    def __init__(self):
+        self.process, self.told, self.before = None, threading.Event(), {}
 
     def __enter__(self) -> "Launch":
         if threading.current_thread() is threading.main_thread():
@@ -83,51 +106,63 @@ class Launch:
         return self
 
     def __exit__(self, *error) -> None:
-        for s, handler in self.before.items(): signal.signal(s, handler)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
 
     def pass_on(self, number: int, frame=None) -> None:
         "Hand a signal to the ranks."
         self.told.set()
-        if self.process is None or self.process.poll() is not None: return
+        if self.process is None or self.process.poll() is not None:
+            return
         for p in _ranks(self.process) or [self.process]:
-            with contextlib.suppress(psutil.NoSuchProcess): p.send_signal(number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                p.send_signal(number)
 
-    def once(self,
-        argv: list[str], # of `train.py`
-        ranks: int, # see `command`
-        env: dict[str, str] = {}, # beside what this process has
-        output: IO | None = None, # a file for the output; None: this process's own
-    ) -> int: # exit code
+    def once(
+        self,
+        argv: list[str],  # of `train.py`
+        ranks: int,  # see `command`
+        env: dict[str, str] = {},  # beside what this process has
+        output: IO | None = None,  # a file for the output; None: this process's own
+    ) -> int:  # exit code
         "Start a run, wait for it, end what is left of it."
         with tempfile.TemporaryDirectory() as codes:
             device = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
             env = {**os.environ, CODES_FOLDER: codes, LAUNCHER: str(os.getpid())} | device | env
-            self.process = subprocess.Popen(command(argv, ranks), env=env, stdout=output, stderr=output,
-                                            start_new_session=True)
-            try: returned = self.process.wait()
-            finally: _end_session(self.process.pid)
+            self.process = subprocess.Popen(
+                command(argv, ranks), env=env, stdout=output, stderr=output, start_new_session=True
+            )
+            try:
+                returned = self.process.wait()
+            finally:
+                _end_session(self.process.pid)
             recorded = [f.read_text() for f in Path(codes).iterdir()]
             return verdict(returned, [int(text) for text in recorded if text.isdigit()])
 
 # %% ../../nbs/safe/15_launch.ipynb #2e67634a
 def _end_session(leader: int) -> None:
-    with contextlib.suppress(ProcessLookupError): os.killpg(leader, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 # %% ../../nbs/safe/15_launch.ipynb #b3079016
 def launch(
-    argv: list[str], # of the training: CONFIG.json [--key value ...]
-    ranks: int | None = None, # processes; 0: one without DeepSpeed's launcher; None: as many as GPUs
-    restarts: int = 0, # at most
-    pause: float = 10, # seconds before the first restart; twice as long before each further one
-) -> int: # exit code
+    argv: list[str],  # of the training: CONFIG.json [--key value ...]
+    ranks: int | None = None,  # processes; 0: one without DeepSpeed's launcher; None: as many as GPUs
+    restarts: int = 0,  # at most
+    pause: float = 10,  # seconds before the first restart; twice as long before each further one
+) -> int:  # exit code
     "Train, and train again where that can help."
     gpus = torch.cuda.device_count()
     ranks = gpus if ranks is None else ranks
-    if 0 < gpus < ranks: raise ValueError(f"--ranks {ranks}: this machine has {gpus} GPUs")
-    if not argv: raise ValueError("names no training; give its CONFIG.json")
+    if 0 < gpus < ranks:
+        raise ValueError(f"--ranks {ranks}: this machine has {gpus} GPUs")
+    if not argv:
+        raise ValueError("names no training; give its CONFIG.json")
     with Launch() as run:
         for k in range(restarts + 1):
             code = run.once(argv, ranks)
-            if run.told.is_set() or not starts_again(code) or k == restarts: return code
+            if run.told.is_set() or not starts_again(code) or k == restarts:
+                return code
             say(f"llava_nb: the run ended with exit code {code}; restart {k + 1} of {restarts}", error=True)
-            if run.told.wait(min(pause * 2 ** min(k, 30), 300)): return code
+            if run.told.wait(min(pause * 2 ** min(k, 30), 300)):
+                return code

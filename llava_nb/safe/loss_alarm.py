@@ -17,24 +17,30 @@ from ..base.terminal import say
 # %% ../../nbs/safe/14_loss_alarm.ipynb #1a256476
 class LossAlarm(TrainerCallback):
     "Prints one line when the loss jumps."
-    def __init__(self,
-        deviations: float = 10.0, # k above
-        window: int = 100, # losses
-        least: int = 20, # losses, before any alarm
+
+    def __init__(
+        self,
+        deviations: float = 10.0,  # k above
+        window: int = 100,  # losses
+        least: int = 20,  # losses, before any alarm
     ):
         self.deviations, self.least, self.seen = deviations, least, deque(maxlen=window)
 
-    def height(self, loss: float) -> float: # deviations above the median; 0 for the first losses
+    def height(self, loss: float) -> float:  # deviations above the median; 0 for the first losses
         "How far a loss lies above the median."
-        if len(self.seen) < self.least: return 0.0
+        if len(self.seen) < self.least:
+            return 0.0
         middle = statistics.median(self.seen)
         spread = 1.4826 * statistics.median(abs(x - middle) for x in self.seen)
         return (loss - middle) / max(spread, 1e-3 * abs(middle), 1e-12)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs or not math.isfinite(logs["loss"]): return
+        if not logs or "loss" not in logs or not math.isfinite(logs["loss"]):
+            return
         out = self.height(logs["loss"])
         if out > self.deviations and state.is_world_process_zero:
-            say(f"alarm: step {state.global_step}: the loss {logs['loss']:.4f} lies {out:.0f} deviations above "
-                f"the median {statistics.median(self.seen):.4f} of the last {len(self.seen)}; nothing was changed")
+            say(
+                f"alarm: step {state.global_step}: the loss {logs['loss']:.4f} lies {out:.0f} deviations above "
+                f"the median {statistics.median(self.seen):.4f} of the last {len(self.seen)}; nothing was changed"
+            )
         self.seen.append(logs["loss"])

@@ -21,43 +21,63 @@ import psutil
 def _command(process: psutil.Process) -> list[str]:
     return [w for w in process.cmdline() if not w.startswith("--local_rank")]
 
+
 def siblings() -> list[psutil.Process]:
     "The other ranks of this run on this machine."
     me = psutil.Process()
-    try: return [p for p in me.parent().children() if p.pid != me.pid and _command(p) == _command(me)]
-    except (psutil.Error, AttributeError): return []
+    try:
+        return [p for p in me.parent().children() if p.pid != me.pid and _command(p) == _command(me)]
+    except (psutil.Error, AttributeError):
+        return []
+
 
 def ask_for_stacks(
-    files: list[Path], # that the siblings write to
-    patience: float = 3.0, # seconds
+    files: list[Path],  # that the siblings write to
+    patience: float = 3.0,  # seconds
 ) -> None:
     "Ask the siblings to write their stacks, and wait for the files."
     for p in siblings():
         for s in (signal.SIGUSR2, signal.SIGCONT):
-            with contextlib.suppress(psutil.Error): p.send_signal(s)
+            with contextlib.suppress(psutil.Error):
+                p.send_signal(s)
     until = time.monotonic() + patience
-    while time.monotonic() < until and not all(f.is_file() and f.stat().st_size for f in files): time.sleep(.1)
+    while time.monotonic() < until and not all(f.is_file() and f.stat().st_size for f in files):
+        time.sleep(0.1)
 
 # %% ../../nbs/safe/07_processes.ipynb #0e2817f6
-LAUNCHER = "LLAVA_NB_LAUNCHER"      # environment variable: the process id of `llava_nb launch`
-LAUNCHERS = ("deepspeed", "ds", "torchrun", "accelerate", "deepspeed.launcher.", "torch.distributed.run",
-             "torch.distributed.launch", "accelerate.commands.")
-OURS = ("llava_nb", "train.py", "llava_nb.train")      # launchers when the next word is `launch`
+LAUNCHER = "LLAVA_NB_LAUNCHER"  # environment variable: the process id of `llava_nb launch`
+LAUNCHERS = (
+    "deepspeed",
+    "ds",
+    "torchrun",
+    "accelerate",
+    "deepspeed.launcher.",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate.commands.",
+)
+OURS = ("llava_nb", "train.py", "llava_nb.train")  # launchers when the next word is `launch`
+
 
 def program_of(
-    words: list[str], # a command line
-) -> tuple[str, str]: # script or module that Python runs, the word after it; empty where it is not Python
+    words: list[str],  # a command line
+) -> tuple[str, str]:  # script or module that Python runs, the word after it; empty where it is not Python
     "The program that a process runs."
-    if not words or not Path(words[0]).name.lower().startswith(("python", "pypy")): return "", ""
+    if not words or not Path(words[0]).name.lower().startswith(("python", "pypy")):
+        return "", ""
     rest = iter(words[1:])
     for word in rest:
-        if word in ("-X", "-W"): next(rest, "")
-        elif word == "-m": return next(rest, ""), next(rest, "")
-        elif not word.startswith("-"): return Path(word).name, next(rest, "")
+        if word in ("-X", "-W"):
+            next(rest, "")
+        elif word == "-m":
+            return next(rest, ""), next(rest, "")
+        elif not word.startswith("-"):
+            return Path(word).name, next(rest, "")
     return "python", ""
 
+
 def launches(
-    words: list[str], # a command line
+    words: list[str],  # a command line
 ) -> bool:
     "Whether this command starts ranks and looks after them."
     program, then = program_of(words)
@@ -66,45 +86,59 @@ def launches(
 
 # %% ../../nbs/safe/07_processes.ipynb #e684fc5c
 def launchers(
-    ranks: int = 1, # of the run
-) -> list[int]: # process ids, the parent first
+    ranks: int = 1,  # of the run
+) -> list[int]:  # process ids, the parent first
     "The launchers above this process, as far up as they follow one another."
     found, p = [], psutil.Process()
     with contextlib.suppress(psutil.Error):
         while p := p.parent():
             words = p.cmdline()
-            own_script = not found and ranks > 1 and program_of(words)[0]        # somebody's own launcher
-            if not (launches(words) or str(p.pid) == os.environ.get(LAUNCHER) or own_script): break
+            own_script = not found and ranks > 1 and program_of(words)[0]  # somebody's own launcher
+            if not (launches(words) or str(p.pid) == os.environ.get(LAUNCHER) or own_script):
+                break
             found.append(p.pid)
     return found
 
+
 def launcher_gone(
-    chain: list[int], # from `launchers`
+    chain: list[int],  # from `launchers`
 ) -> bool:
     "Whether one of them has ended: its child has another parent now."
-    if chain and os.getppid() != chain[0]: return True
+    if chain and os.getppid() != chain[0]:
+        return True
     for below, above in zip(chain, chain[1:]):
         try:
-            if psutil.Process(below).ppid() != above: return True
-        except psutil.NoSuchProcess: return True
-        except psutil.Error: pass
+            if psutil.Process(below).ppid() != above:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.Error:
+            pass
     return False
 
 # %% ../../nbs/safe/07_processes.ipynb #5f1827a2
 def orphaned(
-    chain: list[int], # from `launchers`
+    chain: list[int],  # from `launchers`
 ) -> bool:
     "Whether a launcher was killed before this process could look."
-    if (ours := os.environ.get(LAUNCHER)) and ours not in map(str, chain): return True
-    if "TORCHELASTIC_RUN_ID" in os.environ and not chain: return True
-    try: return _second_launcher_alone(psutil.Process(chain[0])) if len(chain) == 1 else False
-    except psutil.Error: return False
+    if (ours := os.environ.get(LAUNCHER)) and ours not in map(str, chain):
+        return True
+    if "TORCHELASTIC_RUN_ID" in os.environ and not chain:
+        return True
+    try:
+        return _second_launcher_alone(psutil.Process(chain[0])) if len(chain) == 1 else False
+    except psutil.Error:
+        return False
+
 
 def _second_launcher_alone(process: psutil.Process) -> bool:
     "DeepSpeed's second launcher without the first; on several machines it is started another way."
     words, above = process.cmdline(), process.parent()
     world = [w.split("=", 1)[1] for w in words if w.startswith("--world_info=")]
-    if program_of(words)[0] != "deepspeed.launcher.launch" or not world: return False
-    try: hosts = list(json.loads(base64.urlsafe_b64decode(world[0])))
-    except ValueError: return False
+    if program_of(words)[0] != "deepspeed.launcher.launch" or not world:
+        return False
+    try:
+        hosts = list(json.loads(base64.urlsafe_b64decode(world[0])))
+    except ValueError:
+        return False
     return hosts == ["localhost"] and not (above and program_of(above.cmdline())[0])

@@ -22,61 +22,80 @@ from ..fast.zero import from_all_ranks, rank
 # %% ../../nbs/safe/13_ranks.ipynb #801dd6bb
 VERSIONS = ("llava_nb", "torch", "transformers", "deepspeed", "numpy", "pillow")
 
+
 def installed(
-    name: str, # of a library
-) -> str: # its version, or "none"
+    name: str,  # of a library
+) -> str:  # its version, or "none"
     "The installed version."
-    try: return version(name)
-    except PackageNotFoundError: return "none"
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
 
 def describe_machine(
-    folder: str | Path, # of the run
-) -> dict: # of this rank: where it runs, what is free, versions
+    folder: str | Path,  # of the run
+) -> dict:  # of this rank: where it runs, what is free, versions
     "Host, device, free memory and disk, versions."
     above = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
     cuda = torch.cuda.is_available()
     versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
     versions |= {name: installed(name) for name in VERSIONS}
-    return {"host": platform.node(), "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "memory": torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available,
-            "disk": shutil.disk_usage(above).free, "versions": versions}
+    return {
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "memory": torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available,
+        "disk": shutil.disk_usage(above).free,
+        "versions": versions,
+    }
 
+# %% ../../nbs/safe/13_ranks.ipynb #684b97b5
 def summarise_machines(
-    found: list[dict], # `describe_machine` of every rank
-) -> str: # one line
+    found: list[dict],  # `describe_machine` of every rank
+) -> str:  # one line
     "All ranks in one line: the least memory and disk of each."
     names, hosts, versions = [f["device"] for f in found], len({f["host"] for f in found}), found[0]["versions"]
     devices = ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names)))
     memory, disk = (min(f[what] for f in found) / 1e9 for what in ("memory", "disk"))
-    return (f"ranks: {devices} on {hosts} machine{'s' if hosts > 1 else ''}, {memory:.1f} GB of memory and "
-            f"{disk:.1f} GB of disk free at least, torch {versions['torch']}, transformers {versions['transformers']}")
+    return (
+        f"ranks: {devices} on {hosts} machine{'s' if hosts > 1 else ''}, {memory:.1f} GB of memory and "
+        f"{disk:.1f} GB of disk free at least, torch {versions['torch']}, transformers {versions['transformers']}"
+    )
 
 # %% ../../nbs/safe/13_ranks.ipynb #5f819bf4
 def fingerprint(
-    trainer, # a LlavaTrainer
-) -> dict[str, str]: # hashes
+    trainer,  # a LlavaTrainer
+) -> dict[str, str]:  # hashes
     "Hashes of everything that decides which records a rank sees, and when."
     data, plan = trainer.train_dataset, trainer.plan_sampler.plan
+
     def short(arrays) -> str:
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:12]
-    return {"records": short([data.lengths, data.supervised, data.word_lengths, data.pictures]),
-            "text of the records": data.records.digest(),
-            "order of the records": short(plan.global_batch(k) for k in range(plan.steps))}
+
+    return {
+        "records": short([data.lengths, data.supervised, data.word_lengths, data.pictures]),
+        "text of the records": data.records.digest(),
+        "order of the records": short(plan.global_batch(k) for k in range(plan.steps)),
+    }
+
 
 def assert_same(
-    found: list[dict], # of every rank
-    remedy: str, # after the difference
+    found: list[dict],  # of every rank
+    remedy: str,  # after the difference
 ) -> None:
     "Refuse a difference between ranks."
     for k, one in enumerate(found):
         for name, value in one.items():
-            if value == found[0][name]: continue
+            if value == found[0][name]:
+                continue
             raise ValueError(f"rank {k} differs from rank 0 in {name}: {value}, there {found[0][name]}; {remedy}")
 
+
 def compare_machines(
-    folder: str | Path, # of the run
+    folder: str | Path,  # of the run
 ) -> None:
     "Refuse different versions, and print what all ranks have. Every rank must call."
     found = from_all_ranks(describe_machine(folder))
     assert_same([f["versions"] for f in found], "install the same on every machine")
-    if rank() == 0: say(summarise_machines(found))
+    if rank() == 0:
+        say(summarise_machines(found))

@@ -21,41 +21,48 @@ from ..fast.engine import pieces
 from ..fast.meter import Meter, device_rates
 from ..fast.zero import from_all_ranks
 from .checkpoint_writer import CheckpointWriter, newest_sealed
-from .disk_space import last_step, missing_of, room_for
+from .disk_space import last_step, missing_parts, check_disk_space
 from .evaluation import evaluation
 from .export import export
 from .guard import Guard
 from .inherited import refused
 from .integrity import restore_weights, rotate
-from .provenance import made_with
+from .provenance import run_fingerprint
 from .state import Training, check_optimizer, load_random, load_state, save_state
 from .step_log import StepLog
-from .storage import Hold, NoCheckpoint, clear, fail_point, together
+from .storage import Hold, NoCheckpoint, clear, fail_point, raise_on_all_ranks
 from .training_watch import TrainingWatchdog
 from ..dataset import record_id
 from ..trainer import LlavaTrainer, LlavaTrainingArguments
 
 # %% ../../nbs/safe/23_reliable_trainer.ipynb #ff1a3678
-def _setting(default, help: str): return field(default=default, metadata={"help": help})
+def _setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
 
 @dataclass
 class ReliableTrainingArguments(LlavaTrainingArguments):
     "LLaVA's arguments with those of a reliable run; refuses what would not act."
-    hang_timeout: float = _setting(120, "Seconds without a sign of life after which a rank ends the run; "
-                                   "0: wait for ever.")
-    preflight: bool | None = _setting(None, "Try the plan's longest row, forward and backward, before the first step. "
-                                      "None: on a GPU.")
+
+    hang_timeout: float = _setting(
+        120, "Seconds without a sign of life after which a rank ends the run; 0: wait for ever."
+    )
+    preflight: bool | None = _setting(
+        None, "Try the plan's longest row, forward and backward, before the first step. None: on a GPU."
+    )
 
     def __post_init__(self):
         wrong = Problems()
-        for said in refused(vars(self), fields(self), OWN): wrong.add(ValueError(said))
+        for said in refused(vars(self), fields(self), OWN):
+            wrong.add(ValueError(said))
         wrong.tell()
         super().__post_init__()
 
     @property
-    def rank_timeout(self) -> float: # seconds
+    def rank_timeout(self) -> float:  # seconds
         "How long a rank waits for another: longer than the watchdog, which says why."
         return max(1800, 15 * self.hang_timeout) if self.hang_timeout else 86_400
+
 
 # fields of this package, and defaults that are LLaVA's
 OWN = (*LlavaTrainingArguments.__annotations__, *ReliableTrainingArguments.__annotations__)
@@ -63,7 +70,9 @@ OWN = (*LlavaTrainingArguments.__annotations__, *ReliableTrainingArguments.__ann
 # %% ../../nbs/safe/23_reliable_trainer.ipynb #672d0e40
 class ResumableTrainer(LlavaTrainer):
     "LlavaTrainer whose checkpoints are sealed, hold the training state, and can be resumed."
-    begun = None                    # when the first step of this process began; None: not yet
+
+    begun = None  # when the first step of this process began; None: not yet
+
     def __init__(self, *args, writer: CheckpointWriter, **kwargs):
         super().__init__(*args, **kwargs)
         self.writer = writer
@@ -71,10 +80,11 @@ class ResumableTrainer(LlavaTrainer):
         _leave_checkpoints_to(self.args)
 
     @property
-    def sealed(self) -> int: return newest_sealed(self.args.output_dir)      # a step; 0: none
+    def sealed(self) -> int:
+        return newest_sealed(self.args.output_dir)  # a step; 0: none
 
     @property
-    def training(self) -> Training: # once it is prepared
+    def training(self) -> Training:  # once it is prepared
         "What is saved beside the weights."
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         scaler = getattr(self.accelerator, "scaler", None)
@@ -82,82 +92,121 @@ class ResumableTrainer(LlavaTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         "The same, and in a checkpoint the training state. If the disk refuses it, it has failed on all ranks."
-        with together(): super().save_model(output_dir, _internal_call)
-        if not _internal_call: return
-        save_state(output_dir, self.training, self.state.global_step, self.args.process_index, from_all_ranks, together)
+        with raise_on_all_ranks():
+            super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            return
+        save_state(
+            output_dir,
+            self.training,
+            self.state.global_step,
+            self.args.process_index,
+            from_all_ranks,
+            raise_on_all_ranks,
+        )
 
-    def write(self, folder: str, state: dict | None, written=None) -> None: super().write(folder, state, _save_point)
+    def write(self, folder: str, state: dict | None, written=None) -> None:
+        super().write(folder, state, _save_point)
 
     def _save_checkpoint(self, model, trial):
         self.writer.write(self.state, partial(super()._save_checkpoint, model, trial))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         "Train; a checkpoint that disappears while it is read is told as such."
-        try: return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except FileNotFoundError as e:
-            if resume_from_checkpoint is None or self.begun: raise
-            raise NoCheckpoint(f"{resume_from_checkpoint}: went away while it was read ({printable(e, 300)}); "
-                               "see who removes it, and start again") from None
+            if resume_from_checkpoint is None or self.begun:
+                raise
+            raise NoCheckpoint(
+                f"{resume_from_checkpoint}: went away while it was read ({printable(e, 300)}); "
+                "see who removes it, and start again"
+            ) from None
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
-            self._load_from_checkpoint(resume_from_checkpoint)      # before the engine makes its copies
+            self._load_from_checkpoint(resume_from_checkpoint)  # before the engine makes its copies
         model, loader = super()._prepare_for_training(max_steps, train_dataloader, None)
-        pieces(self.model, self.optimizer)      # an engine whose state cannot be saved is refused before the first step
-        if resume_from_checkpoint is not None: load_state(resume_from_checkpoint, self.training)
+        pieces(self.model, self.optimizer)  # an engine whose state cannot be saved is refused before the first step
+        if resume_from_checkpoint is not None:
+            load_state(resume_from_checkpoint, self.training)
         return model, loader
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         restore_weights(self.model, resume_from_checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None: return
+        if checkpoint is None:
+            return
         load_random(checkpoint, self.args.seed, self.args.process_index, self.args.world_size)
 
     def _run_epoch(self, **kwargs):
-        if self.state.global_step < self.state.max_steps: return super()._run_epoch(**kwargs)
-        self.control.should_training_stop = True       # a finished run, resumed: transformers would make one more step
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(**kwargs)
+        self.control.should_training_stop = True  # a finished run, resumed: transformers would make one more step
 
 # %% ../../nbs/safe/23_reliable_trainer.ipynb #e9b877e6
 def _leave_checkpoints_to(args: TrainingArguments) -> None:
     "transformers writes no pickles, loads no best weights, and removes no checkpoint: the writer and the export do it."
     args.save_only_model, args.load_best_model_at_end, args.save_total_limit = True, False, None
 
+
 def _save_point(part: str) -> None:
-    if part == "weights": fail_point("save.weights")
-    else: fail_point("save.processor")
+    if part == "weights":
+        fail_point("save.weights")
+    else:
+        fail_point("save.processor")
 
 # %% ../../nbs/safe/23_reliable_trainer.ipynb #4b8ea5ef
 class ReliableTrainer(ResumableTrainer):
     "A resumable trainer that is guarded, watched and metered, evaluates, and exports its result."
-    def __init__(self,
-        model: LlavaForConditionalGeneration, # frozen by stage, `config.llava_nb` filled in
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,  # frozen by stage, `config.llava_nb` filled in
         args: ReliableTrainingArguments,
-        train_dataset: Dataset, # a LlavaDataset
-        tokenizer: PreTrainedTokenizerBase, # with `<image>`
-        image_processor, # the tower's Pillow processor
-        eval_dataset: Dataset | None = None, # a LlavaDataset
+        train_dataset: Dataset,  # a LlavaDataset
+        tokenizer: PreTrainedTokenizerBase,  # with `<image>`
+        image_processor,  # the tower's Pillow processor
+        eval_dataset: Dataset | None = None,  # a LlavaDataset
         callbacks: list | None = None,
-        watch: TrainingWatchdog | None = None, # None: one of its own
-        hold: Hold | None = None, # of the first rank, on the output folder
+        watch: TrainingWatchdog | None = None,  # None: one of its own
+        hold: Hold | None = None,  # of the first rank, on the output folder
     ):
         self.watch = watch or TrainingWatchdog(args.output_dir, args.hang_timeout, args.process_index, args.world_size)
         self.guard, self.row_losses = Guard(), (0, [])
-        writer = CheckpointWriter(args.output_dir, made_with(args, train_dataset), args.save_total_limit,
-                                  args.load_best_model_at_end, args.should_save, hold)
-        super().__init__(model, args, train_dataset, tokenizer, image_processor, eval_dataset,
-                         [*(callbacks or []), self.guard, self.watch], writer=writer)
+        writer = CheckpointWriter(
+            args.output_dir,
+            run_fingerprint(args, train_dataset),
+            args.save_total_limit,
+            args.load_best_model_at_end,
+            args.should_save,
+            hold,
+        )
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            tokenizer,
+            image_processor,
+            eval_dataset,
+            [*(callbacks or []), self.guard, self.watch],
+            writer=writer,
+        )
         self.step_log = StepLog(_meter(self), self.plan_sampler)
         self.add_callback(self.step_log)
         self.watch.trainer = self
 
     @property
-    def begun(self) -> tuple[float, int, float] | None: return self.step_log.begun
+    def begun(self) -> tuple[float, int, float] | None:
+        return self.step_log.begun
 
     @property
-    def meter(self) -> Meter: return self.step_log.meter
+    def meter(self) -> Meter:
+        return self.step_log.meter
 
-    def reading(self, since: tuple[float, int, float]) -> dict[str, float]: return self.step_log.read(since, self.state)
+    def reading(self, since: tuple[float, int, float]) -> dict[str, float]:
+        return self.step_log.read(since, self.state)
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         with self.step_log.waiting():
@@ -166,13 +215,15 @@ class ReliableTrainer(ResumableTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(self.step_log.added(logs, self.state), start_time)
 
-    def floating_point_ops(self, inputs: list[dict]) -> int: return sum(map(super().floating_point_ops, inputs))
+    def floating_point_ops(self, inputs: list[dict]) -> int:
+        return sum(map(super().floating_point_ops, inputs))
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         "The same; the losses of a step's rows are kept for the guard."
         loss, every = super().compute_loss(model, inputs), self.args.torch_empty_cache_steps
         if self.model.training:
-            if every and self.state.global_step % every == 0: clear_device_cache()
+            if every and self.state.global_step % every == 0:
+                clear_device_cache()
             step, before = self.state.global_step, self.row_losses
             own = loss.detach() / self.args.world_size
             self.row_losses = step, [*(before[1] if before[0] == step else []), own]
@@ -185,9 +236,14 @@ class ReliableTrainer(ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
-    def refused(self) -> list[dict]: return refused_rows(self)
-    def export(self) -> None: export(self, self.writer, trained=bool(self.begun))
-    def check_room(self, resume: str | None = None) -> None: make_room(self, self.writer, resume)
+    def refused(self) -> list[dict]:
+        return refused_rows(self)
+
+    def export(self) -> None:
+        export(self, self.writer, trained=bool(self.begun))
+
+    def check_room(self, resume: str | None = None) -> None:
+        make_room(self, self.writer, resume)
 
 # %% ../../nbs/safe/23_reliable_trainer.ipynb #f6c2b045
 def _meter(trainer: LlavaTrainer) -> Meter:
@@ -195,32 +251,40 @@ def _meter(trainer: LlavaTrainer) -> Meter:
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     return Meter(trainer.sizes, args.stage, args.world_size, device_rates(args.device, dtype))
 
+
 def refused_rows(
-    trainer: ReliableTrainer, # whose guard refused a step
-) -> list[dict]: # `rank`, `row`, `loss`, `records` (their ids)
+    trainer: ReliableTrainer,  # whose guard refused a step
+) -> list[dict]:  # `rank`, `row`, `loss`, `records` (their ids)
     "The rows of that step: those whose loss is not finite, or all of them. Every rank must call."
     sampler, data = trainer.plan_sampler, trainer.train_dataset
     rows = sampler.step(trainer.state.global_step % sampler.plan.steps)
     ids = lambda row: [record_id(data.records[i]) for i, _ in row]
-    mine = [{"rank": trainer.args.process_index, "row": k, "loss": float(loss), "records": ids(row)}
-            for k, (row, loss) in enumerate(zip(rows, trainer.row_losses[1]))]
+    mine = [
+        {"rank": trainer.args.process_index, "row": k, "loss": float(loss), "records": ids(row)}
+        for k, (row, loss) in enumerate(zip(rows, trainer.row_losses[1]))
+    ]
     found = [row for part in from_all_ranks(mine) for row in part]
     return [r for r in found if not math.isfinite(r["loss"])] or found
 
+# %% ../../nbs/safe/23_reliable_trainer.ipynb #7dfca125
 def make_room(
     trainer: LlavaTrainer,
     writer: CheckpointWriter,
-    resume: str | None = None, # checkpoint that it resumes from
+    resume: str | None = None,  # checkpoint that it resumes from
 ) -> None:
     "Remove what may go, and refuse a run that the disk has no room for. Every rank must call."
     writer.resumed = resume
-    with together():
-        if trainer.args.should_save: _make_room(trainer, writer, resume)
+    with raise_on_all_ranks():
+        if trainer.args.should_save:
+            _make_room(trainer, writer, resume)
+
 
 def _make_room(trainer: LlavaTrainer, writer: CheckpointWriter, resume: str | None) -> None:
     args, keep, steps = trainer.args, writer.keep, trainer.plan_sampler.plan.steps
-    spared = [*writer.spared(trainer.state), *filter(None, [resume])]       # what is resumed has yet to be read
-    if keep: rotate(writer.folder, keep, spare=spared)
-    missing = missing_of(writer.folder, resume, last_step(args, steps), writer.recipe)
-    if missing == "all": clear(writer.folder / "exporting")
-    room_for(args, steps, trainer.model, keep and keep + writer.keep_best, writer.recipe, resume)
+    spared = [*writer.spared(trainer.state), *filter(None, [resume])]  # what is resumed has yet to be read
+    if keep:
+        rotate(writer.folder, keep, spare=spared)
+    missing = missing_parts(writer.folder, resume, last_step(args, steps), writer.recipe)
+    if missing == "all":
+        clear(writer.folder / "exporting")
+    check_disk_space(args, steps, trainer.model, keep and keep + writer.keep_best, writer.recipe, resume)

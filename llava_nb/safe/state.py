@@ -25,34 +25,49 @@ from safetensors.torch import save_file
 
 from ..base.terminal import printable, shown
 from llava_nb.fast.engine import (
-    Piece, full_shape, loss_scale, pieces, set_loss_scale, set_steps, skipped_steps, torch_optimizer,
+    Piece,
+    full_shape,
+    loss_scale,
+    pieces,
+    set_loss_scale,
+    set_steps,
+    skipped_steps,
+    torch_optimizer,
 )
 from .storage import NoCheckpoint, fail_point, read_object
 
 # %% ../../nbs/safe/04_state.ipynb #04f746cb
-SAVED_OPTIMIZERS = (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop)      # AdamW is an Adam
+SAVED_OPTIMIZERS = (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop)  # AdamW is an Adam
+
 
 def check_optimizer(
-    cls: type, # of the optimizer
-    name: str, # `--optim`
+    cls: type,  # of the optimizer
+    name: str,  # `--optim`
 ) -> None:
     "Refuse an optimizer whose state does not have the weights' shape."
-    if issubclass(cls, SAVED_OPTIMIZERS): return
-    raise ValueError(f"--optim {name}: its state cannot be saved in parts; "
-                     "use adamw_torch_fused, adamw_torch, sgd or rmsprop")
+    if issubclass(cls, SAVED_OPTIMIZERS):
+        return
+    raise ValueError(
+        f"--optim {name}: its state cannot be saved in parts; use adamw_torch_fused, adamw_torch, sgd or rmsprop"
+    )
 
 # %% ../../nbs/safe/04_state.ipynb #492e63d8
-def random_state() -> tuple[dict[str, torch.Tensor], dict]: # tensors; the rest, for JSON
+def random_state() -> tuple[dict[str, torch.Tensor], dict]:  # tensors; the rest, for JSON
     "The random states of this process: of Python, numpy and torch, and of the GPU where there is one."
     version, words, gauss = random.getstate()
     kind, keys, *rest = np.random.get_state()
-    tensors = {"python": torch.tensor(words), "numpy": torch.from_numpy(keys.astype(np.int64)),
-               "torch": torch.get_rng_state()}
-    if torch.cuda.is_available(): tensors["cuda"] = torch.cuda.get_rng_state()
+    tensors = {
+        "python": torch.tensor(words),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
     return tensors, {"python": [version, gauss], "numpy": [kind, *rest]}
 
+
 def set_random_state(
-    tensors: dict[str, torch.Tensor], # as `random_state` gives them
+    tensors: dict[str, torch.Tensor],  # as `random_state` gives them
     rest: dict,
 ) -> None:
     "Put the generators back to a saved state."
@@ -60,18 +75,21 @@ def set_random_state(
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors["cuda"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
 
-def _of_libraries(tensors: dict[str, torch.Tensor], rest: dict) -> tuple[tuple, tuple]: # for Python and numpy
+
+def _of_libraries(tensors: dict[str, torch.Tensor], rest: dict) -> tuple[tuple, tuple]:  # for Python and numpy
     version, gauss = rest["python"]
     kind, *counts = rest["numpy"]
-    if gauss is not None: float(gauss)
+    if gauss is not None:
+        float(gauss)
     words = tensors["numpy"].numpy().astype(np.uint32)
     return (version, tuple(tensors["python"].tolist()), gauss), (kind, words, *counts)
 
 # %% ../../nbs/safe/04_state.ipynb #0e4a4d7b
 def try_random_state(
-    tensors: dict[str, torch.Tensor], # as `random_state` gives them
+    tensors: dict[str, torch.Tensor],  # as `random_state` gives them
     rest: dict,
 ) -> None:
     "Load the states into generators that nobody uses; an invalid one raises the library's error."
@@ -80,8 +98,9 @@ def try_random_state(
     np.random.RandomState().set_state(numpy)
     torch.Generator().set_state(tensors["torch"])
 
+
 def seed_anew(
-    *key: int, # seed, step, ranks, rank
+    *key: int,  # seed, step, ranks, rank
 ) -> None:
     "Start new random streams, for a number of ranks that the checkpoint does not know."
     a, b = np.random.SeedSequence(key).generate_state(2).tolist()
@@ -92,14 +111,17 @@ def seed_anew(
 # %% ../../nbs/safe/04_state.ipynb #751062f9
 STATE_FILE = "state.json"
 
+
 @dataclass
 class Training:
     "The objects of a run that change while it trains."
+
     model: torch.nn.Module
-    optimizer: Any          # torch's, accelerate's or DeepSpeed's
-    schedule: Any           # torch's
-    engine: Any = None      # DeepSpeed's, for its counts
-    scaler: Any = None      # a GradScaler; DeepSpeed has its own
+    optimizer: Any  # torch's, accelerate's or DeepSpeed's
+    schedule: Any  # torch's
+    engine: Any = None  # DeepSpeed's, for its counts
+    scaler: Any = None  # a GradScaler; DeepSpeed has its own
+
 
 def part_file(
     rank: int,
@@ -109,17 +131,19 @@ def part_file(
 
 # %% ../../nbs/safe/04_state.ipynb #16e41d09
 def write_part(
-    folder: str | Path, # a checkpoint
+    folder: str | Path,  # a checkpoint
     training: Training,
     rank: int = 0,
     ranks: int = 1,
-    step: int = 0, # optimizer steps done
-) -> dict[str, dict]: # by parameter: `range`, `step`, `group`, `tensors`
+    step: int = 0,  # optimizer steps done
+) -> dict[str, dict]:  # by parameter: `range`, `step`, `group`, `tensors`
     "Write the ranges that this rank holds, and describe them."
     base, tensors, said = torch_optimizer(training.optimizer), {}, {}
     for name, piece in pieces(training.model, training.optimizer).items():
-        if piece.whole: piece = piece.share(rank, ranks)
-        if not piece.length: continue
+        if piece.whole:
+            piece = piece.share(rank, ranks)
+        if not piece.length:
+            continue
         state = base.state.get(piece.flat, {})
         held = {"master": piece.flat} | {key: v for key, v in state.items() if _is_mean(key, v, piece.flat)}
         tensors |= {f"{key}/{name}": piece.of(v) for key, v in held.items()}
@@ -132,15 +156,16 @@ def write_part(
     save_file(tensors | {f"random/{k}": v for k, v in states.items()}, Path(folder) / part_file(rank), metadata=about)
     return said
 
-def _is_mean(key: str, value: Any, flat: torch.Tensor) -> bool: # Adam's means have the weights' shape
+
+def _is_mean(key: str, value: Any, flat: torch.Tensor) -> bool:  # Adam's means have the weights' shape
     return torch.is_tensor(value) and value.shape == flat.shape and key != "step"
 
 # %% ../../nbs/safe/04_state.ipynb #cb451210
 def write_index(
     folder: str | Path,
     training: Training,
-    parts: list[dict[str, dict]], # of all ranks, from `write_part`
-    step: int, # optimizer steps done
+    parts: list[dict[str, dict]],  # of all ranks, from `write_part`
+    step: int,  # optimizer steps done
 ) -> None:
     "Write `state.json`."
     parameters = {}
@@ -150,47 +175,65 @@ def write_index(
         parameters[name] = {"shape": shape, **own, "ranges": [[rank, *p["range"]] for rank, p in held]}
     groups = torch_optimizer(training.optimizer).param_groups
     schedule = {k: v for k, v in training.schedule.state_dict().items() if k not in ("base_lrs", "lr_lambdas")}
-    found = {"ranks": len(parts), "step": step, "skipped_steps": skipped_steps(training.engine),
-             "scaler": _scale(training),
-             "groups": [{k: v for k, v in group.items() if k != "params"} for group in groups],
-             "schedule": schedule, "parameters": parameters}
+    found = {
+        "ranks": len(parts),
+        "step": step,
+        "skipped_steps": skipped_steps(training.engine),
+        "scaler": _scale(training),
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in groups],
+        "schedule": schedule,
+        "parameters": parameters,
+    }
     (Path(folder) / STATE_FILE).write_text(json.dumps(found, indent=1))
 
-def _shapes(model: torch.nn.Module) -> dict[str, list[int]]: # of whole parameters that train
+
+def _shapes(model: torch.nn.Module) -> dict[str, list[int]]:  # of whole parameters that train
     return {name: list(full_shape(p)) for name, p in model.named_parameters() if p.requires_grad}
+
 
 def _scale(training: Training) -> dict | None:
     "The loss scale of float16, torch's or DeepSpeed's."
-    if training.scaler is not None: return training.scaler.state_dict()
+    if training.scaler is not None:
+        return training.scaler.state_dict()
     return loss_scale(training.optimizer)
 
 # %% ../../nbs/safe/04_state.ipynb #63ea7589
 def save_state(
-    folder: str | Path, # a checkpoint
+    folder: str | Path,  # a checkpoint
     training: Training,
-    step: int, # optimizer steps done
+    step: int,  # optimizer steps done
     rank: int = 0,
-    exchange: Callable[[Any], list] = lambda mine: [mine], # gives all ranks the values of each
-    together: Callable = contextlib.nullcontext, # makes a storage error of one rank one of all
+    exchange: Callable[[Any], list] = lambda mine: [mine],  # gives all ranks the values of each
+    raise_on_all_ranks: Callable = contextlib.nullcontext,  # makes a storage error of one rank one of all
 ) -> None:
     "Write the training state. Every rank must call."
     ranks = len(exchange(None))
-    with together():
+    with raise_on_all_ranks():
         mine = write_part(folder, training, rank, ranks, step)
         fail_point("save.part")
     parts = exchange(mine)
-    with together():
-        if rank == 0: write_index(folder, training, parts, step)
+    with raise_on_all_ranks():
+        if rank == 0:
+            write_index(folder, training, parts, step)
         fail_point("save.index")
 
 # %% ../../nbs/safe/04_state.ipynb #4e9628e1
 AGAIN = "resume from another checkpoint"
-SPOILT = (      # errors of reading a file of another shape
-    LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, RuntimeError, SafetensorError)
+SPOILT = (  # errors of reading a file of another shape
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    SafetensorError,
+)
+
 
 def read_index(
-    folder: str | Path, # a checkpoint
-) -> dict: # the content of `state.json`
+    folder: str | Path,  # a checkpoint
+) -> dict:  # the content of `state.json`
     "Read and validate the index; raises where a part is missing, or parts are of different steps."
     path = Path(folder) / STATE_FILE
     if not path.is_file():
@@ -202,26 +245,35 @@ def read_index(
         raise NoCheckpoint(f"{path}: not a training state ({type(e).__name__}: {printable(e, 200)}); {AGAIN}") from None
     files = [path.with_name(part_file(rank)) for rank in range(found["ranks"])]
     for rank, part in enumerate(files):
-        if part.is_file(): continue
-        raise NoCheckpoint(f"{part} is missing: it holds rank {rank}'s part of the training state "
-                           f"({STATE_FILE} says {found['ranks']} ranks); {AGAIN}")
-    for rank, part in enumerate(files): _check_part(part, rank, found)
-    for name, p in found["parameters"].items(): _check_whole(path, name, p["ranges"], int(np.prod(p["shape"])))
+        if part.is_file():
+            continue
+        raise NoCheckpoint(
+            f"{part} is missing: it holds rank {rank}'s part of the training state "
+            f"({STATE_FILE} says {found['ranks']} ranks); {AGAIN}"
+        )
+    for rank, part in enumerate(files):
+        _check_part(part, rank, found)
+    for name, p in found["parameters"].items():
+        _check_whole(path, name, p["ranges"], int(np.prod(p["shape"])))
     return found
 
 # %% ../../nbs/safe/04_state.ipynb #a4918efa
 def _check_index(found: dict) -> None:
     for key in ("ranks", "step", "skipped_steps"):
         valid = type(found[key]) is int and found[key] >= (key == "ranks")
-        if not valid: raise ValueError(f"{key} is {shown(found[key])}")
+        if not valid:
+            raise ValueError(f"{key} is {shown(found[key])}")
     if not isinstance(found["schedule"], dict) or not isinstance(found["scaler"], dict | None):
         raise ValueError("schedule or scaler is no object")
     if found["skipped_steps"] > found["step"] or not 0 <= found["schedule"]["last_epoch"] <= found["step"]:
         raise ValueError("schedule or skipped_steps is ahead of the step")
     if not found["groups"] or not all(math.isfinite(group["lr"]) for group in found["groups"]):
         raise ValueError("groups have no rates")
-    if not found["parameters"]: raise ValueError("holds no parameter")
-    for name, p in found["parameters"].items(): _check_parameter(name, p, found["step"], found["ranks"])
+    if not found["parameters"]:
+        raise ValueError("holds no parameter")
+    for name, p in found["parameters"].items():
+        _check_parameter(name, p, found["step"], found["ranks"])
+
 
 def _check_parameter(name: str, p: dict, step: int, ranks: int) -> None:
     if p["step"] is not None and not 0 <= p["step"] <= step:
@@ -238,7 +290,8 @@ def _check_parameter(name: str, p: dict, step: int, ranks: int) -> None:
 def _check_part(part: Path, rank: int, found: dict) -> None:
     ranks, step = found["ranks"], found["step"]
     try:
-        with safe_open(part, framework="pt") as f: said = f.metadata() or {}
+        with safe_open(part, framework="pt") as f:
+            said = f.metadata() or {}
     except SafetensorError as e:
         raise NoCheckpoint(f"{part}: not a whole safetensors file ({printable(e, 200)}); {AGAIN}") from None
     if said.get("rank") != f"{rank} of {ranks}":
@@ -247,43 +300,54 @@ def _check_part(part: Path, rank: int, found: dict) -> None:
     if said.get("step") != str(step):
         raise NoCheckpoint(f"{part}: is of step {shown(said.get('step'))}, {STATE_FILE} of step {step}; {AGAIN}")
 
+
 def _check_whole(path: Path, name: str, ranges: list[list[int]], size: int) -> None:
     at = 0
     for _, start, stop in sorted(ranges, key=lambda r: r[1]):
-        if start != at: break
+        if start != at:
+            break
         at = stop
-    if at == size: return
+    if at == size:
+        return
     raise NoCheckpoint(f"{path}: {name} has {size} weights, and the parts do not follow one another at {at}; {AGAIN}")
 
 # %% ../../nbs/safe/04_state.ipynb #552ab3ca
 class Parts:
     "The files of all ranks."
-    def __init__(self, folder: str | Path, index: dict): self.folder, self.index, self.opened = Path(folder), index, {}
+
+    def __init__(self, folder: str | Path, index: dict):
+        self.folder, self.index, self.opened = Path(folder), index, {}
 
     def file(self, rank: int):
-        if rank not in self.opened: self.opened[rank] = safe_open(self.folder / part_file(rank), framework="pt")
+        if rank not in self.opened:
+            self.opened[rank] = safe_open(self.folder / part_file(rank), framework="pt")
         return self.opened[rank]
 
-    def read(self,
-        key: str, # "master", "exp_avg", …
-        name: str, # of the parameter
+    def read(
+        self,
+        key: str,  # "master", "exp_avg", …
+        name: str,  # of the parameter
         start: int,
         stop: int,
-    ) -> Iterator[tuple[int, torch.Tensor]]: # where it begins, counted from `start`; values
+    ) -> Iterator[tuple[int, torch.Tensor]]:  # where it begins, counted from `start`; values
         "A range of a parameter, from the ranks that held it."
         for rank, begin, end in self.index["parameters"][name]["ranges"]:
             a, b = max(start, begin), min(stop, end)
-            if a >= b: continue
+            if a >= b:
+                continue
             what = f"{self.folder / part_file(rank)}: {key} of {name}"
-            try: found = self.file(rank).get_slice(f"{key}/{name}")[a - begin:b - begin]
-            except SafetensorError as e: raise NoCheckpoint(f"{what} cannot be read ({e}); {AGAIN}") from None
-            if len(found) != b - a: raise NoCheckpoint(f"{what} has {len(found)} values in a range of {b - a}; {AGAIN}")
+            try:
+                found = self.file(rank).get_slice(f"{key}/{name}")[a - begin : b - begin]
+            except SafetensorError as e:
+                raise NoCheckpoint(f"{what} cannot be read ({e}); {AGAIN}") from None
+            if len(found) != b - a:
+                raise NoCheckpoint(f"{what} has {len(found)} values in a range of {b - a}; {AGAIN}")
             yield a - start, found
 
 # %% ../../nbs/safe/04_state.ipynb #8697be91
 def load_state(
-    folder: str | Path, # a checkpoint
-    training: Training, # changed in place; its model has the checkpoint's weights
+    folder: str | Path,  # a checkpoint
+    training: Training,  # changed in place; its model has the checkpoint's weights
 ) -> None:
     "Put the training state back, on any number of ranks. Every rank must call."
     index, path, trained = read_index(folder), Path(folder) / STATE_FILE, _shapes(training.model)
@@ -291,13 +355,16 @@ def load_state(
     for name in sorted(trained.keys() | saved.keys()):
         then, now = saved.get(name, "of nothing"), trained.get(name, "of nothing")
         if then != now:
-            raise NoCheckpoint(f"{path}: {name} has the shape {then}, in this run {now}; "
-                               "another stage or model made it")
+            raise NoCheckpoint(
+                f"{path}: {name} has the shape {then}, in this run {now}; another stage or model made it"
+            )
     base, parts = torch_optimizer(training.optimizer), Parts(folder, index)
     try:
-        for name, piece in pieces(training.model, training.optimizer).items(): _fill(base, piece, name, parts)
+        for name, piece in pieces(training.model, training.optimizer).items():
+            _fill(base, piece, name, parts)
         _restore_counts(training, base, index)
-    except NoCheckpoint: raise
+    except NoCheckpoint:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as e:
         why = f"{type(e).__name__}: {printable(e, 200)}"
         raise NoCheckpoint(f"{path}: does not fit this run ({why}); {AGAIN}") from None
@@ -310,15 +377,21 @@ def _fill(base: torch.optim.Optimizer, piece: Piece, name: str, parts: Parts) ->
             base.state[piece.flat][key] = torch.zeros_like(piece.flat.detach())
         target = piece.of(piece.flat if key == "master" else base.state[piece.flat][key])
         for at, values in parts.read(key, name, piece.start, piece.start + piece.length):
-            target[at:at + len(values)].copy_(values)
-    if said["step"] is None: return
+            target[at : at + len(values)].copy_(values)
+    if said["step"] is None:
+        return
     known = float(base.state[piece.flat].setdefault("step", _step_like(base, piece, said["step"])))
-    if known == said["step"]: return
-    raise NoCheckpoint(f"{parts.folder / STATE_FILE}: {name} has made {said['step']:g} steps, its neighbours {known:g}"
-                       "; this engine keeps one count for both. Resume without DeepSpeed, as the run began")
+    if known == said["step"]:
+        return
+    raise NoCheckpoint(
+        f"{parts.folder / STATE_FILE}: {name} has made {said['step']:g} steps, its neighbours {known:g}"
+        "; this engine keeps one count for both. Resume without DeepSpeed, as the run began"
+    )
+
 
 def _step_like(base: torch.optim.Optimizer, piece: Piece, step: float) -> torch.Tensor | int:
-    if not isinstance(base, SAVED_OPTIMIZERS): return int(step)       # DeepSpeed's Adam for the host
+    if not isinstance(base, SAVED_OPTIMIZERS):
+        return int(step)  # DeepSpeed's Adam for the host
     group = base.param_groups[piece.group]
     on_device = group.get("fused") or group.get("capturable")
     return torch.tensor(step, dtype=torch.float32, device=piece.flat.device if on_device else "cpu")
@@ -327,27 +400,39 @@ def _step_like(base: torch.optim.Optimizer, piece: Piece, step: float) -> torch.
 def _restore_counts(training: Training, base: torch.optim.Optimizer, index: dict) -> None:
     schedule, engine = training.schedule, training.engine
     _check_alike(index["schedule"], schedule.state_dict(), "schedule")
-    own = {"base_lrs": getattr(schedule, "base_lrs", None),                # this run's rates
-           "lr_lambdas": [None] * len(base.param_groups)}                  # functions are not saved
+    own = {
+        "base_lrs": getattr(schedule, "base_lrs", None),  # this run's rates
+        "lr_lambdas": [None] * len(base.param_groups),
+    }  # functions are not saved
     schedule.load_state_dict(index["schedule"] | {k: v for k, v in own.items() if hasattr(schedule, k)})
-    for group, rate in zip(base.param_groups, _rates(schedule, base, index)): group["lr"] = rate
+    for group, rate in zip(base.param_groups, _rates(schedule, base, index)):
+        group["lr"] = rate
     schedule._last_lr = [group["lr"] for group in base.param_groups]
-    if engine is not None: set_steps(engine, index["step"], index["skipped_steps"])
+    if engine is not None:
+        set_steps(engine, index["step"], index["skipped_steps"])
     scale = _scale(training)
-    if not index["scaler"] or not scale: return
+    if not index["scaler"] or not scale:
+        return
     _check_alike(index["scaler"], scale, "scaler")
-    if training.scaler is not None: training.scaler.load_state_dict(index["scaler"])
-    else: set_loss_scale(training.optimizer, index["scaler"])
+    if training.scaler is not None:
+        training.scaler.load_state_dict(index["scaler"])
+    else:
+        set_loss_scale(training.optimizer, index["scaler"])
+
 
 def _check_alike(saved: dict, own: dict, what: str) -> None:
     "Refuse a key that this run does not have, or a value of another type."
     for key, value in saved.items():
-        if key not in own or not _alike(value, own[key]): raise ValueError(f"{what}: {shown(key)} is {shown(value)}")
+        if key not in own or not _alike(value, own[key]):
+            raise ValueError(f"{what}: {shown(key)} is {shown(value)}")
 
+# %% ../../nbs/safe/04_state.ipynb #51487f82
 def _alike(a: Any, b: Any) -> bool:
     number = lambda x: x is None or isinstance(x, int | float) and not isinstance(x, bool)
-    if isinstance(a, list) and isinstance(b, list): return all(map(number, a))
+    if isinstance(a, list) and isinstance(b, list):
+        return all(map(number, a))
     return type(a) is type(b) or number(a) and number(b)
+
 
 def _rates(schedule: Any, base: torch.optim.Optimizer, index: dict) -> list[float]:
     "The rate of each group: from the schedule if it is a function of the step, else the saved one."
@@ -357,15 +442,17 @@ def _rates(schedule: Any, base: torch.optim.Optimizer, index: dict) -> list[floa
 
 # %% ../../nbs/safe/04_state.ipynb #2e22dda0
 def load_random(
-    folder: str | Path, # a checkpoint
-    seed: int, # of the run, used on another number of ranks
+    folder: str | Path,  # a checkpoint
+    seed: int,  # of the run, used on another number of ranks
     rank: int = 0,
     ranks: int = 1,
 ) -> None:
     "Put the random states back; on another number of ranks start new streams."
     index = read_index(folder)
-    if index["ranks"] != ranks: return seed_anew(seed, index["step"], ranks, rank)
+    if index["ranks"] != ranks:
+        return seed_anew(seed, index["step"], ranks, rank)
     set_random_state(*_random_of(Path(folder) / part_file(rank)))
+
 
 def _random_of(part: Path) -> tuple[dict[str, torch.Tensor], dict]:
     "The random states of one rank's file, validated."
@@ -379,9 +466,10 @@ def _random_of(part: Path) -> tuple[dict[str, torch.Tensor], dict]:
         raise NoCheckpoint(f"{part}: its random states are invalid ({why}); {AGAIN}") from None
     return tensors, rest
 
+# %% ../../nbs/safe/04_state.ipynb #4457a825
 def check_contents(
-    folder: str | Path, # a checkpoint
-    index: dict, # of it, from `read_index`
+    folder: str | Path,  # a checkpoint
+    index: dict,  # of it, from `read_index`
 ) -> None:
     "Validate every rank's file against `state.json`, and its random states."
     for rank in range(index["ranks"]):
@@ -391,17 +479,18 @@ def check_contents(
         for name, p in index["parameters"].items():
             ranges = [[stop - start] for r, start, stop in p["ranges"] if r == rank]
             for key, shape in itertools.product((f"{key}/{name}" for key in p["tensors"]), ranges):
-                if held.get(key) == shape: continue
+                if held.get(key) == shape:
+                    continue
                 how = "missing" if key not in held else "of another length"
                 raise NoCheckpoint(f"{part}: {printable(key, 200)} is {how}; {AGAIN}")
         _random_of(part)
 
 # %% ../../nbs/safe/04_state.ipynb #59366594
 def keep_global_batch(
-    wanted: int, # the checkpoint's global batch
-    each: int, # per_device_train_batch_size
-    ranks: int, # of this run
-) -> str: # advice
+    wanted: int,  # the checkpoint's global batch
+    each: int,  # per_device_train_batch_size
+    ranks: int,  # of this run
+) -> str:  # advice
     "Say how this number of ranks keeps a global batch."
     steps, rest = divmod(wanted, each * ranks)
     if not rest:

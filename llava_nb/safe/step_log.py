@@ -19,17 +19,20 @@ from ..fast.meter import Meter
 from ..trainer import PlanSampler
 
 # %% ../../nbs/safe/21_step_log.ipynb #f62a2f35
-def peak_memory() -> int: # bytes
+def peak_memory() -> int:  # bytes
     "The most memory this rank has held: of its GPU, or of the process."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../../nbs/safe/21_step_log.ipynb #6ed55644
 class StepLog(TrainerCallback):
     "Rates since the last logged step; a moment is (seconds, step, seconds waited for data)."
-    def __init__(self,
+
+    def __init__(
+        self,
         meter: Meter,
-        sampler: PlanSampler, # knows the records of each step
+        sampler: PlanSampler,  # knows the records of each step
     ):
         self.meter, self.sampler = meter, sampler
         self.begun, self.logged, self.waited = None, None, 0.0
@@ -38,18 +41,22 @@ class StepLog(TrainerCallback):
         return time.monotonic(), state.global_step, self.waited
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.begun or state.global_step >= state.max_steps: return       # a finished run, resumed: nothing begins
+        if self.begun or state.global_step >= state.max_steps:
+            return  # a finished run, resumed: nothing begins
         self.begun = self.logged = self.now(state)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         "Time spent inside counts as waiting for data."
         start = time.monotonic()
-        try: yield
-        finally: self.waited += time.monotonic() - start
+        try:
+            yield
+        finally:
+            self.waited += time.monotonic() - start
 
-    def read(self,
-        since: tuple[float, int, float], # a moment, `begun` for the whole run
+    def read(
+        self,
+        since: tuple[float, int, float],  # a moment, `begun` for the whole run
         state: TrainerState,
     ) -> dict[str, float]:
         "What the meter reads since then, and the peak memory in GB."
@@ -59,7 +66,8 @@ class StepLog(TrainerCallback):
 
     def added(self, logs: dict[str, float], state: TrainerState) -> dict[str, float]:
         "The logs of a step with its rates."
-        if "loss" not in logs or state.global_step <= self.logged[1]: return logs
+        if "loss" not in logs or state.global_step <= self.logged[1]:
+            return logs
         logs = logs | self.read(self.logged, state)
         self.logged = self.now(state)
         return logs

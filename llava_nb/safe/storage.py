@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STORAGE_ERRORS', 'FAIL_POINTS', 'passed', 'RUN', 'LOCK', 'FILLED', 'StorageFailed', 'FolderLost', 'NoCheckpoint',
-           'together', 'fail_point', 'open_new', 'clear', 'write_durably', 'settle_folder', 'make_folder', 'unwritable',
-           'still_needed', 'amount', 'check_room', 'Hold', 'hold', 'check_folder', 'read_object', 'known', 'note']
+           'raise_on_all_ranks', 'fail_point', 'open_new', 'clear', 'write_durably', 'settle_folder', 'make_folder',
+           'unwritable', 'still_needed', 'amount', 'check_room', 'Hold', 'hold', 'check_folder', 'read_object', 'known',
+           'note']
 
 # %% ../../nbs/safe/03_storage.ipynb #51b99cdd
 import contextlib
@@ -33,26 +34,34 @@ from ..fast.zero import from_all_ranks, world_size
 # %% ../../nbs/safe/03_storage.ipynb #e2a43aa9
 class StorageFailed(OSError):
     "The disk did not take a file of a run, on some rank."
+
     exit_code = 7
+
 
 class FolderLost(StorageFailed):
     "A run's folder was removed, moved or replaced while the run trained in it."
 
+
 class NoCheckpoint(ValueError):
     "No checkpoint can be resumed, or only one of another run."
+
     exit_code = 4
 
-STORAGE_ERRORS = (OSError, SafetensorError)      # safetensors wraps the system's errors in its own
+
+STORAGE_ERRORS = (OSError, SafetensorError)  # safetensors wraps the system's errors in its own
 
 # %% ../../nbs/safe/03_storage.ipynb #28593514
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     "A storage error of one rank becomes one of all. Every rank must enter; no exchange between ranks inside."
     mine, lost = "", False
-    try: yield
-    except STORAGE_ERRORS as e: mine, lost = " ".join(str(e).split()) or type(e).__name__, isinstance(e, FolderLost)
+    try:
+        yield
+    except STORAGE_ERRORS as e:
+        mine, lost = " ".join(str(e).split()) or type(e).__name__, isinstance(e, FolderLost)
     told = {rank: said for rank, said in enumerate(from_all_ranks((mine, lost))) if said[0]}
-    if not told: return
+    if not told:
+        return
     kind = FolderLost if any(lost for _, lost in told.values()) else StorageFailed
     lines = [said if world_size() == 1 else f"rank {rank}: {said}" for rank, (said, _) in told.items()]
     raise kind("; ".join(lines))
@@ -91,35 +100,44 @@ FAIL_POINTS = {
 # %% ../../nbs/safe/03_storage.ipynb #4f50dea3
 passed = Counter()
 
+
 def fail_point(
-    name: str, # of `FAIL_POINTS`
+    name: str,  # of `FAIL_POINTS`
 ) -> None:
     "Kill this process here, or raise, if the environment says so."
     wish = os.environ.get("LLAVA_NB_FAIL", "")
-    if not wish: return
+    if not wish:
+        return
     where, turn, what, rank = (wish.split(":") + ["", "", ""])[:4]
-    if where != name or rank and rank != os.environ.get("RANK", "0"): return
+    if where != name or rank and rank != os.environ.get("RANK", "0"):
+        return
     passed[name] += 1
     turn = int(turn or 1)
-    if passed[name] < turn or passed[name] > turn and "LLAVA_NB_FAIL_ONCE" in os.environ: return
-    if what: raise OSError(getattr(errno, what), os.strerror(getattr(errno, what)))
+    if passed[name] < turn or passed[name] > turn and "LLAVA_NB_FAIL_ONCE" in os.environ:
+        return
+    if what:
+        raise OSError(getattr(errno, what), os.strerror(getattr(errno, what)))
     os.kill(os.getpid(), signal.SIGKILL)
 
 # %% ../../nbs/safe/03_storage.ipynb #ffa26250
 def open_new(
-    path: Path, # of a file in a run's folder
-) -> IO[str]: # open for writing
+    path: Path,  # of a file in a run's folder
+) -> IO[str]:  # open for writing
     "Create a file. Any file of that name is removed first; a link is not followed."
     path.unlink(missing_ok=True)
     return path.open("x", encoding="utf-8", errors="backslashreplace")
+
 
 def clear(
     path: Path,
 ) -> None:
     "Remove a folder and its content, a file, or a link and not its target."
-    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
-    else: path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
+# %% ../../nbs/safe/03_storage.ipynb #fe552677
 def write_durably(
     path: Path,
     text: str,
@@ -135,18 +153,22 @@ def write_durably(
     fail_point("file.replaced")
     settle_folder(path.parent)
 
+
 def settle_folder(
     folder: Path,
 ) -> None:
     "Make a folder's list of names durable, where the system can."
-    if not hasattr(os, "O_DIRECTORY"): return
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     fd = os.open(folder, os.O_DIRECTORY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/safe/03_storage.ipynb #dabae3a0
 def make_folder(
-    folder: str | Path, # output folder of a run
+    folder: str | Path,  # output folder of a run
 ) -> None:
     "Make a run's folder and try in it the steps of a save."
     folder = Path(folder)
@@ -154,154 +176,202 @@ def make_folder(
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / ".tried", "x" * 4096)
         (folder / ".tried").unlink()
-    except OSError as e: raise unwritable(folder, e.strerror or str(e)) from None
+    except OSError as e:
+        raise unwritable(folder, e.strerror or str(e)) from None
+
 
 def unwritable(
-    folder: str | Path, # output folder of a run
+    folder: str | Path,  # output folder of a run
     why: str,
 ) -> StorageFailed:
     "The error for a folder that takes no files."
-    return StorageFailed(f"output_dir {folder}: cannot be written to ({why}); "
-                         "name another, or repair it, before a run spends hours")
+    return StorageFailed(
+        f"output_dir {folder}: cannot be written to ({why}); name another, or repair it, before a run spends hours"
+    )
 
 # %% ../../nbs/safe/03_storage.ipynb #7d86dbed
 def _there(folder: str | Path) -> Path:
     "The folder, or the nearest one above that exists."
     return next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
 
+
 def still_needed(
-    size: int, # bytes of one checkpoint
-    result: int, # bytes of the result
-    there: int, # committed checkpoints on the disk
-    saves: int, # checkpoints still to be written
-    keep: int | None = None, # committed checkpoints that stay; None: all
-) -> int: # bytes
+    size: int,  # bytes of one checkpoint
+    result: int,  # bytes of the result
+    there: int,  # committed checkpoints on the disk
+    saves: int,  # checkpoints still to be written
+    keep: int | None = None,  # committed checkpoints that stay; None: all
+) -> int:  # bytes
     "Bytes that the rest of a run adds at its worst moment."
     while_saving = min(there + saves, keep + 1) if keep else there + saves
     at_the_end = min(there + saves, keep) if keep else there + saves
     saving = size * max(while_saving - there, 1) if saves else 0
     return max(saving, size * (at_the_end - there) + result, 0)
 
+
 def amount(
-    size: float, # bytes
+    size: float,  # bytes
 ) -> str:
     "A number of bytes, for a reader."
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale: return f"{size / scale:,.1f} {unit}"
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
     return f"{size:.0f} bytes"
 
+# %% ../../nbs/safe/03_storage.ipynb #3a7e9e82
 def check_room(
-    folder: str | Path, # output folder of a run
-    need: int, # bytes that are still to be written
-    what: str, # that is to be written
-    remedy: str, # that makes it less; "" where there is none
-    freed: int = 0, # bytes that a run removes before it writes
+    folder: str | Path,  # output folder of a run
+    need: int,  # bytes that are still to be written
+    what: str,  # that is to be written
+    remedy: str,  # that makes it less; "" where there is none
+    freed: int = 0,  # bytes that a run removes before it writes
 ) -> None:
     "Refuse a run that would fill its disk."
     free = shutil.disk_usage(_there(folder)).free + freed
-    if free >= need: return
+    if free >= need:
+        return
     takes = f"{what} take{'s' * what.startswith('the ')} {amount(need)}"
-    raise StorageFailed(f"output_dir {folder}: {amount(free)} are free, and {takes}; "
-                        f"make room{', ' * bool(remedy)}{remedy}, or name another output_dir")
+    raise StorageFailed(
+        f"output_dir {folder}: {amount(free)} are free, and {takes}; "
+        f"make room{', ' * bool(remedy)}{remedy}, or name another output_dir"
+    )
 
 # %% ../../nbs/safe/03_storage.ipynb #52880040
 RUN, LOCK = "run.json", "run.lock"
-FILLED = ("checkpoint-*", "start", "exporting", "runs")      # folders that a run fills itself
+FILLED = ("checkpoint-*", "start", "exporting", "runs")  # folders that a run fills itself
+
 
 def _refuse_links(folder: Path) -> None:
     "Refuse links that a run would write through."
     for path in sorted(folder.iterdir()):
-        if not path.is_symlink() or not any(fnmatch(path.name, name) for name in (LOCK, *FILLED)): continue
+        if not path.is_symlink() or not any(fnmatch(path.name, name) for name in (LOCK, *FILLED)):
+            continue
         elsewhere = "; --resume takes a checkpoint from anywhere" * fnmatch(path.name, "checkpoint-*")
-        raise ValueError(f"output_dir {folder}: {path.name} is a link to {shown(os.readlink(path))}, and a run writes "
-                         f"into its own folder only; remove the link, or name another output_dir{elsewhere}")
+        raise ValueError(
+            f"output_dir {folder}: {path.name} is a link to {shown(os.readlink(path))}, and a run writes "
+            f"into its own folder only; remove the link, or name another output_dir{elsewhere}"
+        )
     lock = folder / LOCK
-    if lock.exists() and not stat.S_ISREG(lock.stat().st_mode): raise ValueError(f"{lock}: is no plain file; remove it")
+    if lock.exists() and not stat.S_ISREG(lock.stat().st_mode):
+        raise ValueError(f"{lock}: is no plain file; remove it")
 
+# %% ../../nbs/safe/03_storage.ipynb #d97f1453
 @dataclass
 class Hold:
     "A run's folder, held by this process until `release`, the end of `with`, or the end of the process."
+
     folder: Path
     lock: FileLock
-    file: tuple[int, int]        # device and inode of `run.lock`
+    file: tuple[int, int]  # device and inode of `run.lock`
 
     def check(self) -> None:
         "Raise if the folder is no longer the locked one."
-        try: found = _identity(self.folder / LOCK)
-        except OSError: found = None
-        if found == self.file: return
+        try:
+            found = _identity(self.folder / LOCK)
+        except OSError:
+            found = None
+        if found == self.file:
+            return
         how = "its run.lock is gone" if found is None else "its run.lock is another file now"
-        raise FolderLost(f"output_dir {self.folder}: was removed, moved or replaced while this run trained in it "
-                         f"({how}); nothing more is written there. Resume its checkpoints where it was moved to, "
-                         "or start again in a folder that stays")
+        raise FolderLost(
+            f"output_dir {self.folder}: was removed, moved or replaced while this run trained in it "
+            f"({how}); nothing more is written there. Resume its checkpoints where it was moved to, "
+            "or start again in a folder that stays"
+        )
 
-    def release(self) -> None: self.lock.release()
-    def __enter__(self) -> "Hold": return self
-    def __exit__(self, *error) -> None: self.release()
+    def release(self) -> None:
+        self.lock.release()
 
+    def __enter__(self) -> "Hold":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.release()
+
+# %% ../../nbs/safe/03_storage.ipynb #7cc2ff9d
 def _identity(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_dev, found.st_ino
 
 # %% ../../nbs/safe/03_storage.ipynb #a58afaed
 def hold(
-    folder: str | Path, # output folder of a run
+    folder: str | Path,  # output folder of a run
 ) -> Hold:
     "Lock a run's folder, or name its owner. Only the first rank calls."
     folder = Path(folder)
     _refuse_links(folder)
     lock = FileLock(folder / LOCK)
-    try: lock.acquire(timeout=0)
-    except Timeout: raise _taken(folder) from None
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _taken(folder) from None
     held = Hold(folder, lock, _identity(folder / LOCK))
     note(folder, pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S"))
     return held
 
+
 def _taken(folder: str | Path) -> BlockingIOError:
     who = {k: shown(v).strip("'") for k, v in known(folder).items()}
     owner = f"process {who.get('pid', '?')} on {who.get('host', '?')}"
-    return BlockingIOError(f"output_dir {folder}: {owner} has been training in it since {who.get('since', '?')}; "
-                           "wait for it, stop it, or name another folder")
+    return BlockingIOError(
+        f"output_dir {folder}: {owner} has been training in it since {who.get('since', '?')}; "
+        "wait for it, stop it, or name another folder"
+    )
 
 # %% ../../nbs/safe/03_storage.ipynb #d0637ec8
 def check_folder(
-    folder: str | Path, # output folder of a run to come; nothing in it is changed
+    folder: str | Path,  # output folder of a run to come; nothing in it is changed
 ) -> None:
     "Refuse a folder that cannot be written to, or that a run holds."
     above, lock = _there(folder), Path(folder) / LOCK
-    if not above.is_dir(): raise unwritable(folder, os.strerror(errno.ENOTDIR))
-    if not os.access(above, os.W_OK | os.X_OK): raise unwritable(folder, os.strerror(errno.EACCES))
-    if Path(folder).is_dir(): _refuse_links(Path(folder))
-    if not lock.is_file(): return
+    if not above.is_dir():
+        raise unwritable(folder, os.strerror(errno.ENOTDIR))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise unwritable(folder, os.strerror(errno.EACCES))
+    if Path(folder).is_dir():
+        _refuse_links(Path(folder))
+    if not lock.is_file():
+        return
     lock = FileLock(lock)
-    try: lock.acquire(timeout=0)
-    except Timeout: raise _taken(folder) from None
-    except OSError as e: raise unwritable(folder, e.strerror) from None
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise _taken(folder) from None
+    except OSError as e:
+        raise unwritable(folder, e.strerror) from None
     lock.release()
 
 # %% ../../nbs/safe/03_storage.ipynb #355bb719
 def read_object(
-    path: Path, # of a JSON that a run has written
+    path: Path,  # of a JSON that a run has written
 ) -> dict:
     "A JSON object, or an error that says what the file holds instead."
-    if not path.is_file(): raise NoCheckpoint(f"{path} is missing")
-    try: found = json.loads(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise NoCheckpoint(f"{path} is missing")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise NoCheckpoint(f"{path}: cannot be read ({type(e).__name__})") from None
-    if not isinstance(found, dict): raise NoCheckpoint(f"{path}: holds {shown(found)}, where a JSON object belongs")
+    if not isinstance(found, dict):
+        raise NoCheckpoint(f"{path}: holds {shown(found)}, where a JSON object belongs")
     return found
+
 
 def known(
-    folder: str | Path, # output folder of a run
-) -> dict: # `pid`, `host`, `since`, `sealed`; empty where nothing is known
+    folder: str | Path,  # output folder of a run
+) -> dict:  # `pid`, `host`, `since`, `sealed`; empty where nothing is known
     "The content of `run.json`."
-    try: found = read_object(Path(folder) / RUN)
-    except NoCheckpoint: return {}
-    if not isinstance(found.get("sealed"), str | None): del found["sealed"]
+    try:
+        found = read_object(Path(folder) / RUN)
+    except NoCheckpoint:
+        return {}
+    if not isinstance(found.get("sealed"), str | None):
+        del found["sealed"]
     return found
 
+
 def note(
-    folder: str | Path, # output folder of a run
+    folder: str | Path,  # output folder of a run
     **facts,
 ) -> None:
     "Add facts to `run.json`."

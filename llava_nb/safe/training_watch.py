@@ -22,40 +22,46 @@ from ..base.terminal import say
 # %% ../../nbs/safe/10_training_watch.ipynb #d4c25215
 class DataFailed(RuntimeError):
     "The next batch did not arrive; `__cause__` is the error that says why."
+
     exit_code = NO_DATA
 
 # %% ../../nbs/safe/10_training_watch.ipynb #853da74f
 class Feed:
     "One epoch's batches, counted as they come."
-    def __init__(self,
-        source: Iterator, # of batches
-        sampler, # a PlanSampler, see 13_trainer
-        step: int, # of the epoch, with which the source begins
-        workers: int = 0, # processes that read
-        prefetch: int = 2, # batches that each has in hand
-        beat: Callable[[str], None] = lambda phase: None, # told "data" and "step", see `Heart`
+
+    def __init__(
+        self,
+        source: Iterator,  # of batches
+        sampler,  # a PlanSampler, see 13_trainer
+        step: int,  # of the epoch, with which the source begins
+        workers: int = 0,  # processes that read
+        prefetch: int = 2,  # batches that each has in hand
+        beat: Callable[[str], None] = lambda phase: None,  # told "data" and "step", see `Heartbeat`
     ):
         self.source, self.sampler, self.workers, self.beat = source, sampler, workers, beat
         self.first, self.given = step, 0
         self.ahead = max(1, workers * prefetch)
-        self.early = inspect.isgenerator(source)       # accelerate's, on a resume, holds one back
+        self.early = inspect.isgenerator(source)  # accelerate's, on a resume, holds one back
 
     def __next__(self):
         self.beat("data")
-        try: batch = next(self.source)
-        except (ValueError, OSError, EOFError, RuntimeError) as e: raise DataFailed(str(e)) from e
+        try:
+            batch = next(self.source)
+        except (ValueError, OSError, EOFError, RuntimeError) as e:
+            raise DataFailed(str(e)) from e
         self.given += 1
         self.beat("step")
         return batch
 
     @property
-    def waited_for(self) -> int: # counted from the first
+    def waited_for(self) -> int:  # counted from the first
         "The step that comes next."
         return self.given + (self.early and self.given > 0)
 
-    def under_way(self,
-        worker: int | None = None, # of this one; None: the next step
-    ) -> list[int]: # records
+    def under_way(
+        self,
+        worker: int | None = None,  # of this one; None: the next step
+    ) -> list[int]:  # records
         "Records that were asked for and have not come."
         last = len(self.sampler)
         steps = range(self.first + self.waited_for, min(self.first + self.waited_for + self.ahead, last))
@@ -65,23 +71,27 @@ class Feed:
 # %% ../../nbs/safe/10_training_watch.ipynb #7c835f6c
 class TrainingWatchdog(Watchdog, TrainerCallback):
     "The watchdog of a training: knows its step, row and workers."
+
     trainer, feed = None, None
-    micro = 0           # rows done in this step
-    tried = None        # the row of a preflight
+    micro = 0  # rows done in this step
+    tried = None  # the row of a preflight
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.known, self.workers = set(), []       # child processes seen; those of the feed, by number
+        self.known, self.workers = set(), []  # child processes seen; those of the feed, by number
 
-    def waits_for(self) -> str: return _waits_for(self)
+    def waits_for(self) -> str:
+        return _waits_for(self)
+
     def where(self) -> str:
         started = self.trainer and self.heart.phase != "start"
         when = f"step {self.trainer.state.global_step + 1}" if started else "before the first step"
         return f"{when}: rank {self.rank}"
 
-    def watched(self,
-        source: Iterator, # of an epoch's batches
-        trainer, # a LlavaTrainer
+    def watched(
+        self,
+        source: Iterator,  # of an epoch's batches
+        trainer,  # a LlavaTrainer
     ) -> Feed:
         "The same batches, counted."
         self.trainer = trainer
@@ -90,30 +100,38 @@ class TrainingWatchdog(Watchdog, TrainerCallback):
             args, sampler = trainer.args, trainer.plan_sampler
             step, prefetch = trainer.state.global_step % sampler.plan.steps, args.dataloader_prefetch_factor or 2
             self.feed = Feed(source, sampler, step, args.dataloader_num_workers, prefetch, self.heart.beat)
-            if new and self.feed.workers: self.workers = sorted(new, key=lambda p: p.pid)[-self.feed.workers:]
+            if new and self.feed.workers:
+                self.workers = sorted(new, key=lambda p: p.pid)[-self.feed.workers :]
         self.known |= set(new)
         return self.feed
 
-    def on_epoch_begin(self, args, state, control, **kwargs): self.feed = None      # a persistent iterator restarts
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.feed = None  # a persistent iterator restarts
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.heart.beat("step")
         if self.trainer and (torch.cuda.is_available() if args.preflight is None else args.preflight):
             tokens, images = preflight(self.trainer)
             fits = f"preflight: the longest row, {tokens:,} tokens and {images} images, fits"
-            if state.is_world_process_zero: say(fits)
+            if state.is_world_process_zero:
+                say(fits)
             self.heart.beat("step")
 
     def on_substep_end(self, args, state, control, **kwargs):
         self.micro += 1
         self.heart.beat("step")
 
-    def on_prediction_step(self, args, state, control, **kwargs): self.heart.beat("evaluation")
-    def on_evaluate(self, args, state, control, **kwargs): self.heart.beat("saving")
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.heart.beat("evaluation")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.heart.beat("saving")
+
     def on_save(self, args, state, control, **kwargs):
         self.heart.beat("saving" if control.should_training_stop else "step")
 
-    def on_train_end(self, args, state, control, **kwargs): self.heart.beat("saving")
+    def on_train_end(self, args, state, control, **kwargs):
+        self.heart.beat("saving")
 
     def on_step_end(self, args, state, control, **kwargs):
         pauses = control.should_save or control.should_evaluate or control.should_training_stop
@@ -123,17 +141,19 @@ class TrainingWatchdog(Watchdog, TrainerCallback):
 
 # %% ../../nbs/safe/10_training_watch.ipynb #26018bbe
 def record_ids(
-    trainer, # a LlavaTrainer
-    records: list[int], # positions in its data set
+    trainer,  # a LlavaTrainer
+    records: list[int],  # positions in its data set
 ) -> str:
     "Their ids for a message, the first eight."
     found = [record_id(trainer.train_dataset.records[i]) for i in records]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return f"records {', '.join(found[:8])}{more}" if found else "no record"
 
+
 def _waits_for(dog: TrainingWatchdog) -> str:
     "The step that a rank waits for, and the worker that should bring it."
-    if dog.feed is None: return "for the first step"
+    if dog.feed is None:
+        return "for the first step"
     k = dog.feed.waited_for % dog.feed.workers if dog.feed.workers else None
     who = f"worker {k} (pid {dog.workers[k].pid})" if k is not None and k < len(dog.workers) else "this process"
     records = record_ids(dog.trainer, dog.feed.under_way())

@@ -24,9 +24,10 @@ def cache_folder() -> Path:
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return Path(os.environ.get("LLAVA_NB_CACHE") or user / "llava_nb")
 
+
 @contextlib.contextmanager
 def alone(
-    folder: Path, # made if it is not there
+    folder: Path,  # made if it is not there
 ) -> Iterator[None]:
     "Lock a folder: one process of a machine at a time."
     lock = FileLock(str(folder) + ".lock")
@@ -36,71 +37,88 @@ def alone(
     except OSError as e:
         why = f"no place for the converted records ({e.strerror}); name another with --records_cache"
         raise OSError(f"{folder}: {why}") from None
-    try: yield
-    finally: lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/store/02_cache.ipynb #b483d1ba
 def make_durable(
-    *paths: Path, # files, or folders
+    *paths: Path,  # files, or folders
 ) -> None:
     "Synchronise files to the disk."
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
-        try: os.fsync(handle)
-        finally: os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
 
 def write_whole(
     path: Path,
     text: str,
 ) -> None:
     "Write a file that is either whole on the disk, or absent."
-    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")      # several ranks may write the same file
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")  # several ranks may write the same file
     try:
         new.write_text(text)
         make_durable(new)
         os.replace(new, path)
-    finally: new.unlink(missing_ok=True)
+    finally:
+        new.unlink(missing_ok=True)
     make_durable(path.parent)
 
 # %% ../../nbs/store/02_cache.ipynb #182c53a9
 def _stamp(file: BinaryIO) -> list[int]:
     "Numbers of an open file that differ after any write to it."
-    found = os.fstat(file.fileno())      # of the open file: a network file system asks its server
+    found = os.fstat(file.fileno())  # of the open file: a network file system asks its server
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
 
 def _sha256(file: BinaryIO) -> str:
     found = hashlib.sha256()
-    while piece := file.read(1 << 22): found.update(piece)
+    while piece := file.read(1 << 22):
+        found.update(piece)
     return found.hexdigest()
 
-def sha256_of(path: Path) -> str: # 64 hexadecimal digits
+
+def sha256_of(path: Path) -> str:  # 64 hexadecimal digits
     "The hash of a file's content, read now."
-    with path.open("rb") as file: return _sha256(file)
+    with path.open("rb") as file:
+        return _sha256(file)
+
 
 def _known_hash(note: Path, stamp: list[int]) -> str | None:
-    try: known = json.loads(note.read_text())
-    except (OSError, ValueError): return None
+    try:
+        known = json.loads(note.read_text())
+    except (OSError, ValueError):
+        return None
     return known["sha256"] if isinstance(known, dict) and known.get("stamp") == stamp else None
 
 # %% ../../nbs/store/02_cache.ipynb #3307b5fd
-SETTLED = 2.0      # seconds since a file's last change, before its stamp tells one content from another
+SETTLED = 2.0  # seconds since a file's last change, before its stamp tells one content from another
+
 
 def content_hash(
     path: Path,
-    cache: Path, # keeps the hashes
-) -> str: # SHA-256, 64 hexadecimal digits
+    cache: Path,  # keeps the hashes
+) -> str:  # SHA-256, 64 hexadecimal digits
     "The hash of a file's content, which is read only if the file has changed since it was last hashed."
     place = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     note = cache / "hashes" / f"{place}.json"
     with path.open("rb") as file:
         stamp, now = _stamp(file), time.time()
-        if known := _known_hash(note, stamp): return known
+        if known := _known_hash(note, stamp):
+            return known
         found = _sha256(file)
         settled = _stamp(file) == stamp and now - stamp[2] / 1e9 > SETTLED
-    if settled: _keep(note, {"stamp": stamp, "sha256": found})
+    if settled:
+        _keep(note, {"stamp": stamp, "sha256": found})
     return found
 
+
 def _keep(note: Path, known: dict) -> None:
-    with contextlib.suppress(OSError):       # a cache that cannot be written to costs time, not a run
+    with contextlib.suppress(OSError):  # a cache that cannot be written to costs time, not a run
         note.parent.mkdir(parents=True, exist_ok=True)
         write_whole(note, json.dumps(known))

@@ -27,17 +27,20 @@ from ..base.terminal import one_line, say
 from .cache import alone, cache_folder, content_hash, make_durable, sha256_of, write_whole
 from .files import LONGEST, data_files, file_names, rows_of
 from .records import Records, good_rows, open_records, problems_of
-from .validate import BLOCK, SCHEMA, Gate
+from .validate import BLOCK, SCHEMA, RecordValidator
 
 # %% ../../nbs/store/07_conversion.ipynb #9afada76
-SMALL = 1 << 23         # bytes of data below which worker processes cost more than they save
+SMALL = 1 << 23  # bytes of data below which worker processes cost more than they save
+
 
 @dataclass(frozen=True)
 class Block:
     "Consecutive records of one file."
-    rows: list[str]     # JSON texts
-    first: int          # place of the first in its file
-    file: int           # number of the file
+
+    rows: list[str]  # JSON texts
+    first: int  # place of the first in its file
+    file: int  # number of the file
+
 
 def blocks_of(found: Sequence[Path]) -> Iterator[Block]:
     "The records of all files, in blocks."
@@ -47,35 +50,49 @@ def blocks_of(found: Sequence[Path]) -> Iterator[Block]:
             yield Block(block, first, number)
             first += len(block)
 
+
 def _next_block(rows: Iterator[str]) -> list[str]:
     "The next `BLOCK` records, or as many as make `LONGEST` characters."
     block, size = [], 0
     for row in rows:
         block.append(row)
         size += len(row)
-        if len(block) == BLOCK or size > LONGEST: break
+        if len(block) == BLOCK or size > LONGEST:
+            break
     return block
 
 # %% ../../nbs/store/07_conversion.ipynb #0eba8350
-def _begin_worker(gate: Gate, parent: int = 0) -> None:
-    globals()["_GATE"] = gate
-    if parent: threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+_GATE: RecordValidator | None = None  # of this worker
+
+
+def _begin_worker(gate: RecordValidator, parent: int = 0) -> None:
+    global _GATE
+    _GATE = gate
+    if parent:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
 
 def _end_with(parent: int) -> None:
     "End this worker when its parent has ended."
-    while os.getppid() == parent: time.sleep(.5)
+    while os.getppid() == parent:
+        time.sleep(0.5)
     os._exit(1)
 
-def _validate(block: Block) -> pa.RecordBatch: return _GATE(block.rows, block.first, block.file)
+
+def _validate(block: Block) -> pa.RecordBatch:
+    return _GATE(block.rows, block.first, block.file)
+
 
 class _Inline(Executor):
     "An executor without processes."
+
     def submit(self, fn, *args) -> Future:
         done = Future()
         done.set_result(fn(*args))
         return done
 
-def _executor(gate: Gate, workers: int) -> Executor:
+
+def _executor(gate: RecordValidator, workers: int) -> Executor:
     if workers > 1:
         spawn = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(workers, spawn, _begin_worker, (gate, os.getpid()))
@@ -91,43 +108,55 @@ def _is_complete(part: Path, block: Block) -> bool:
         places = [*range(block.first, block.first + len(block.rows))]
         same = table.schema == SCHEMA and table["record"].to_pylist() == block.rows
         return same and table["index"].to_pylist() == places and set(table["file"].to_pylist()) == {block.file}
-    except (pa.ArrowException, OSError, ValueError): return False
+    except (pa.ArrowException, OSError, ValueError):
+        return False
+
 
 def _write_part(part: Path, batch: pa.RecordBatch) -> None:
     new = part.with_suffix(".tmp")
-    with pa.ipc.new_file(new, SCHEMA) as out: out.write_batch(batch)
+    with pa.ipc.new_file(new, SCHEMA) as out:
+        out.write_batch(batch)
     make_durable(new)
     os.replace(new, part)
 
+
 def _finish(part: Path, result: Future) -> None:
-    try: batch = result.result()
+    try:
+        batch = result.result()
     except BrokenProcessPool:
         cause = "a process that validates records ended by itself, for lack of memory perhaps"
         raise OSError(f"{cause}; run again, it continues from here") from None
     _write_part(part, batch)
 
-def _write_parts(found: Sequence[Path], gate: Gate, parts: Path, workers: int, quiet: bool) -> tuple[list[Path], int]:
+# %% ../../nbs/store/07_conversion.ipynb #f3d70eed
+def _write_parts(
+    found: Sequence[Path], gate: RecordValidator, parts: Path, workers: int, quiet: bool
+) -> tuple[list[Path], int]:
     "Validate all blocks that no part holds yet; the parts in order, and the number of records."
     waiting, written, total = deque(), [], 0
     with _executor(gate, workers) as pool, tqdm(unit=" records", desc="validating records", disable=quiet) as bar:
         for number, block in enumerate(blocks_of(found)):
             part = parts / f"{number:06}.arrow"
             written.append(part)
-            if not _is_complete(part, block): waiting.append((part, pool.submit(_validate, block)))
-            while waiting and (waiting[0][1].done() or len(waiting) > 2 * workers): _finish(*waiting.popleft())
+            if not _is_complete(part, block):
+                waiting.append((part, pool.submit(_validate, block)))
+            while waiting and (waiting[0][1].done() or len(waiting) > 2 * workers):
+                _finish(*waiting.popleft())
             total += len(block.rows)
             bar.update(len(block.rows))
-        while waiting: _finish(*waiting.popleft())
+        while waiting:
+            _finish(*waiting.popleft())
     return written, total
 
 # %% ../../nbs/store/07_conversion.ipynb #55ecdcdf
 MADE = ("records.arrow", "problems.jsonl")
 
+
 def convert(
-    found: Sequence[Path], # from `data_files`
-    gate: Gate,
-    folder: Path, # gets records.arrow, problems.jsonl and, last, done.json
-    workers: int | None = None, # processes; None: one per core
+    found: Sequence[Path],  # from `data_files`
+    gate: RecordValidator,
+    folder: Path,  # gets records.arrow, problems.jsonl and, last, done.json
+    workers: int | None = None,  # processes; None: one per core
 ) -> None:
     "Validate all records and write them down; continue where an earlier call was stopped."
     small = sum(f.stat().st_size for f in found) <= SMALL
@@ -143,13 +172,14 @@ def convert(
     write_whole(folder / "done.json", json.dumps({"files": names, "records": good, "problems": bad, "sums": sums}))
     shutil.rmtree(parts, ignore_errors=True)
 
-def _join(written: list[Path], folder: Path, names: list[str]) -> tuple[int, int]: # good, bad
+# %% ../../nbs/store/07_conversion.ipynb #b5d79fb8
+def _join(written: list[Path], folder: Path, names: list[str]) -> tuple[int, int]:  # good, bad
     "Write all parts as one file, and the bad records apart."
     good, bad = 0, 0
-    new = [folder / f"{name}.tmp" for name in MADE]      # another process may have mapped the file that is there
+    new = [folder / f"{name}.tmp" for name in MADE]  # another process may have mapped the file that is there
     with pa.OSFile(str(new[0]), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as out, new[1].open("w") as listed:
         for first in range(0, len(written), 32):
-            table = pa.concat_tables(pa.ipc.open_file(part).read_all() for part in written[first:first + 32])
+            table = pa.concat_tables(pa.ipc.open_file(part).read_all() for part in written[first : first + 32])
             problems = problems_of(table, names)
             listed.writelines(json.dumps(asdict(p)) + "\n" for p in problems)
             bad += len(problems)
@@ -157,31 +187,37 @@ def _join(written: list[Path], folder: Path, names: list[str]) -> tuple[int, int
                 out.write_batch(batch)
                 good += len(batch)
     make_durable(*new)
-    for path in new: os.replace(path, path.with_suffix(""))
+    for path in new:
+        os.replace(path, path.with_suffix(""))
     make_durable(folder)
     return good, bad
 
 # %% ../../nbs/store/07_conversion.ipynb #2b6c615f
 MISSING = "there is none"
 
+
 def damage(
-    folder: Path, # of a conversion
-) -> str: # "": none, it may be used; `MISSING`; or what is wrong
+    folder: Path,  # of a conversion
+) -> str:  # "": none, it may be used; `MISSING`; or what is wrong
     "Compare a conversion with the hashes that were written down when it was made."
     try:
         done = json.loads((folder / "done.json").read_text())
-        if [str(f) for f in done["files"]] != done["files"]: return "done.json: files"
+        if [str(f) for f in done["files"]] != done["files"]:
+            return "done.json: files"
         for name in MADE:
             found = content_hash(folder / name, folder.parent)
-            if done["sums"][name] != found: return f"{name} is not what was written"
+            if done["sums"][name] != found:
+                return f"{name} is not what was written"
         open_records(folder)
         return ""
     except FileNotFoundError as e:
         name = Path(e.filename).name
         return MISSING if name == "done.json" else f"{name} is gone"
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as e: return one_line(e, 100)
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as e:
+        return one_line(e, 100)
 
-def _key(found: Sequence[Path], gate: Gate, cache: Path) -> str:
+
+def _key(found: Sequence[Path], gate: RecordValidator, cache: Path) -> str:
     "The name of a conversion: of the data's content, and of the validator's fingerprint."
     total = hashlib.sha256(gate.fingerprint().encode())
     for file in found:
@@ -190,25 +226,28 @@ def _key(found: Sequence[Path], gate: Gate, cache: Path) -> str:
 
 # %% ../../nbs/store/07_conversion.ipynb #5d583695
 def validate_files(
-    path: str | Path | Sequence[str | Path], # see `data_files`; of several, each record's source is its file
-    gate: Gate,
-    cache: str | Path | None = None, # where conversions are; None: `cache_folder`
-    workers: int | None = None, # processes; None: one per core
+    path: str | Path | Sequence[str | Path],  # see `data_files`; of several, each record's source is its file
+    gate: RecordValidator,
+    cache: str | Path | None = None,  # where conversions are; None: `cache_folder`
+    workers: int | None = None,  # processes; None: one per core
 ) -> Records:
     "Validate the records of files, or use the conversion that is there; one process of a machine makes it."
     found, cache = data_files(path), Path(cache or cache_folder())
-    if not isinstance(path, str | Path) and len(path) > 1: gate = replace(gate, names=tuple(file_names(found)))
+    if not isinstance(path, str | Path) and len(path) > 1:
+        gate = replace(gate, names=tuple(file_names(found)))
     folder = cache / _key(found, gate, cache)
     if damage(folder):
         with alone(folder):
-            if wrong := damage(folder):       # meanwhile another process may have made it
+            if wrong := damage(folder):  # meanwhile another process may have made it
                 if wrong != MISSING:
                     say(f"{folder}: the converted records are damaged ({wrong}); they are made again", error=True)
                 convert(found, gate, folder, workers)
                 _check_unchanged(found, gate, folder)
     return open_records(folder)
 
-def _check_unchanged(found: Sequence[Path], gate: Gate, folder: Path) -> None:
-    if _key(found, gate, folder.parent) == folder.name: return
+
+def _check_unchanged(found: Sequence[Path], gate: RecordValidator, folder: Path) -> None:
+    if _key(found, gate, folder.parent) == folder.name:
+        return
     (folder / "done.json").unlink()
     raise OSError(f"{', '.join(map(str, found))}: changed while its records were read; run again when it is complete")

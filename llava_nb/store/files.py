@@ -25,23 +25,28 @@ from ..base.terminal import one_line, printable, shown
 from ..conversation import BadRecord
 
 # %% ../../nbs/store/01_files.ipynb #cddfa954
-SUFFIXES = (".json", ".jsonl", ".parquet")      # of data files in a folder
+SUFFIXES = (".json", ".jsonl", ".parquet")  # of data files in a folder
+
 
 def data_files(
-    path: str | Path | Sequence[str | Path], # a file, a folder of files, or several of both
+    path: str | Path | Sequence[str | Path],  # a file, a folder of files, or several of both
 ) -> list[Path]:
     "The files of a data set, in order."
     given = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
     missing = [str(p) for p in given if not (p.is_dir() or p.is_file())]
-    if missing: raise FileNotFoundError(f"{', '.join(missing)}: no such file of records")
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)}: no such file of records")
     found = [_files_in(p) if p.is_dir() else [p] for p in given]
     _refuse_duplicates(found)
     return list(itertools.chain(*found))
 
+
 def _files_in(folder: Path) -> list[Path]:
     found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    if not found: raise FileNotFoundError(f"{folder}: this folder holds no {', '.join(SUFFIXES)} file of records")
+    if not found:
+        raise FileNotFoundError(f"{folder}: this folder holds no {', '.join(SUFFIXES)} file of records")
     return found
+
 
 def _refuse_duplicates(found: list[list[Path]]) -> None:
     "Refuse a file that is given twice, under whatever names and in whatever folders."
@@ -51,12 +56,13 @@ def _refuse_duplicates(found: list[list[Path]]) -> None:
         again = [(file, seen[there]) for there, file in real.items() if there in seen]
         twice += [str(file) if file == first else f"{file} (the same as {first})" for file, first in again]
         seen = real | seen
-    if twice: raise ValueError(f"{', '.join(twice)}: given twice; name each file of records once")
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: given twice; name each file of records once")
 
 # %% ../../nbs/store/01_files.ipynb #0f083756
 def file_names(
     files: Sequence[Path],
-) -> list[str]: # all different
+) -> list[str]:  # all different
     "The stem of each file, or as much of its path as tells it from the others."
     kinds = (
         lambda f: f.stem,
@@ -69,32 +75,41 @@ def file_names(
     return next((names for names in tried if len(set(names)) == len(names)), [str(f) for f in files])
 
 # %% ../../nbs/store/01_files.ipynb #4d53a547
-LONGEST = 1 << 24     # characters of one record
-DEPTH = 64            # objects and lists inside each other; a record needs four
+LONGEST = 1 << 24  # characters of one record
+DEPTH = 64  # objects and lists inside each other; a record needs four
+
 
 def parsed(
-    row: str, # a record as JSON text
-) -> tuple[Any, bool]: # the record, and whether an object in it has a key twice
+    row: str,  # a record as JSON text
+) -> tuple[Any, bool]:  # the record, and whether an object in it has a key twice
     "Parse a record, or raise `BadRecord` with the reason."
     twice = []
+
     def build(pairs: list[tuple]) -> dict:
         found = dict(pairs)
-        if len(found) < len(pairs): twice.append(True)
+        if len(found) < len(pairs):
+            twice.append(True)
         return found
-    try: record = json.loads(row, object_pairs_hook=build)
-    except RecursionError: raise BadRecord("shape", "is nested too deep to be a record", "leave it out") from None
+
+    try:
+        record = json.loads(row, object_pairs_hook=build)
+    except RecursionError:
+        raise BadRecord("shape", "is nested too deep to be a record", "leave it out") from None
     except ValueError as e:
         raise BadRecord("shape", f"cannot be read as JSON ({printable(e, 80)})", "leave it out") from None
     if row.count("{") + row.count("[") > DEPTH and _depth(record) > DEPTH:
         raise BadRecord("shape", f"is nested deeper than {DEPTH} levels", "leave it out, or make it flat")
     return record, bool(twice)
 
+
 def _inner(value: Any) -> list:
     return [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
 
+
 def _depth(value: Any) -> int:
     level, depth = [value], 0
-    while level := [inner for v in level for inner in _inner(v)]: depth += 1
+    while level := [inner for v in level for inner in _inner(v)]:
+        depth += 1
     return depth
 
 # %% ../../nbs/store/01_files.ipynb #8c66659e
@@ -116,9 +131,11 @@ _TEXT = {
     b"<html": _WEB_PAGE,
 }
 
+
 def _refuse_other_formats(path: Path, start: bytes) -> None:
     "Refuse a file whose first bytes say that it holds no records."
-    if not start: raise ValueError(f"{path}: is empty")
+    if not start:
+        raise ValueError(f"{path}: is empty")
     if not start.strip(b"\0"):
         cause = "as a copy that was broken off or a disk that was full leaves them; fetch the file again"
         raise ValueError(f"{path}: begins with {len(start):,} zero bytes, {cause}")
@@ -128,82 +145,102 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     text = start.removeprefix(codecs.BOM_UTF8).lstrip().lower()
     for begins, marks in ((start, _BINARY), (text, _TEXT)):
         for mark, what in marks.items():
-            if begins.startswith(mark): raise ValueError(f"{path}: this is {what}")
+            if begins.startswith(mark):
+                raise ValueError(f"{path}: this is {what}")
 
 # %% ../../nbs/store/01_files.ipynb #6a4b3c6b
 _SPACE = re.compile(rb"\s*")
+
 
 def _start(data: mmap.mmap) -> int:
     "Where the text begins: behind the byte-order mark and white space."
     return _SPACE.match(data, len(codecs.BOM_UTF8) if data[:3] == codecs.BOM_UTF8 else 0).end()
 
+
 def _json_rows(path: Path) -> Iterator[str]:
     "The records of a JSON file, each as text."
-    with path.open("rb") as f: data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    with path.open("rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     read = 0
     for row in _strict_rows(data):
-        if row is None: break
+        if row is None:
+            break
         yield row
         read += 1
-    else: return
+    else:
+        return
     yield from itertools.islice(_tolerant_rows(path, data), read, None)
 
-def _strict_rows(data: mmap.mmap) -> Iterator[str | None]: # None: msgspec refuses what comes now
+# %% ../../nbs/store/01_files.ipynb #8b95e32b
+def _strict_rows(data: mmap.mmap) -> Iterator[str | None]:  # None: msgspec refuses what comes now
     "The records of strict JSON."
-    text = memoryview(data)[_start(data):]
+    text = memoryview(data)[_start(data) :]
     try:
-        if text[:1] == b"[": found = msgspec.json.decode(text, type=list[msgspec.Raw])
-        else: found = msgspec.json.Decoder(msgspec.Raw).decode_lines(text)
-    except (msgspec.DecodeError, RecursionError): found = [None]
-    for raw in found: yield raw and _utf8(raw)
+        if text[:1] == b"[":
+            found = msgspec.json.decode(text, type=list[msgspec.Raw])
+        else:
+            found = msgspec.json.Decoder(msgspec.Raw).decode_lines(text)
+    except (msgspec.DecodeError, RecursionError):
+        found = [None]
+    for raw in found:
+        yield raw and _utf8(raw)
 
-def _utf8(raw: msgspec.Raw) -> str | None: # None: not UTF-8, or too long
-    try: text = str(raw, "utf-8")
-    except UnicodeDecodeError: return None
+
+def _utf8(raw: msgspec.Raw) -> str | None:  # None: not UTF-8, or too long
+    try:
+        text = str(raw, "utf-8")
+    except UnicodeDecodeError:
+        return None
     return text if len(text) <= LONGEST else None
 
 # %% ../../nbs/store/01_files.ipynb #5bde04f8
-_WINDOW = 1 << 12           # bytes of a value that are decoded first
+_WINDOW = 1 << 12  # bytes of a value that are decoded first
 _DECODE = json.JSONDecoder().raw_decode
 
+# %% ../../nbs/store/01_files.ipynb #075f3f5b
 class _TolerantReader:
     "JSON values one after another, read by the standard library, with the place of an error."
+
     def __init__(self, path: Path, data: mmap.mmap):
         self.path, self.data, self.at = path, data, _start(data)
 
-    def peek(self) -> bytes: # b"" at the end of the file
+    def peek(self) -> bytes:  # b"" at the end of the file
         "The next byte that is not white space."
         self.at = _SPACE.match(self.data, self.at).end()
-        return self.data[self.at:self.at + 1]
+        return self.data[self.at : self.at + 1]
 
-    def value(self) -> str: # its text
+    def value(self) -> str:  # its text
         "One whole JSON value."
         size, end = _WINDOW, None
         while end is None:
             text, last = self._text(size), self.at + size >= len(self.data)
             end = self._end(text, last)
             size = 4 * size + 64
-        if end > LONGEST: self.fail(f"a record has more than {LONGEST:,} characters", self.at)
+        if end > LONGEST:
+            self.fail(f"a record has more than {LONGEST:,} characters", self.at)
         self.at += len(text[:end].encode())
         return text[:end]
 
     def _text(self, size: int) -> str:
-        part = self.data[self.at:self.at + size]
-        try: return codecs.utf_8_decode(part, "strict", self.at + size >= len(self.data))[0]
+        part = self.data[self.at : self.at + size]
+        try:
+            return codecs.utf_8_decode(part, "strict", self.at + size >= len(self.data))[0]
         except UnicodeDecodeError as e:
             raise ValueError(f"{self.path}: not UTF-8 at byte {self.at + e.start:,}; convert it first") from None
 
-    def _end(self, text: str, last: bool) -> int | None: # None: a larger window is needed
+    def _end(self, text: str, last: bool) -> int | None:  # None: a larger window is needed
         "How many characters of `text` the value at its beginning has."
         try:
             end = _DECODE(text)[1]
-            return end if last or end + 2 < len(text) else None      # at the edge a number may go on: 3.5, 3.5e-7
+            return end if last or end + 2 < len(text) else None  # at the edge a number may go on: 3.5, 3.5e-7
         except json.JSONDecodeError as e:
             open_end = e.msg.startswith("Unterminated string") or e.pos > len(text) - 16
             if open_end and len(text) > LONGEST:
                 self.fail(f"a record has more than {LONGEST:,} characters, or no end", self.at)
-            if last or not open_end: self.fail(e.msg, self.at + len(text[:e.pos].encode()))
-        except ValueError as e: self.fail(str(e), self.at)          # a number of thousands of digits
+            if last or not open_end:
+                self.fail(e.msg, self.at + len(text[: e.pos].encode()))
+        except ValueError as e:
+            self.fail(str(e), self.at)  # a number of thousands of digits
         except RecursionError:
             line = _line(self.data, self.at)
             raise ValueError(f"{self.path}: nested too deep to be records, at line {line}") from None
@@ -215,9 +252,12 @@ class _TolerantReader:
 def _tolerant_rows(path: Path, data: mmap.mmap) -> Iterator[str]:
     "The values of a list, or those one after another without brackets."
     reader = _TolerantReader(path, data)
-    if reader.peek() == b"[": yield from _list_rows(reader)
+    if reader.peek() == b"[":
+        yield from _list_rows(reader)
     else:
-        while reader.peek(): yield reader.value()
+        while reader.peek():
+            yield reader.value()
+
 
 def _list_rows(reader: _TolerantReader) -> Iterator[str]:
     reader.at += 1
@@ -226,10 +266,12 @@ def _list_rows(reader: _TolerantReader) -> Iterator[str]:
         reader.peek()
         yield reader.value()
         mark = reader.peek()
-        if mark not in (b"]", b","): reader.fail("Expecting ',' delimiter", reader.at)
+        if mark not in (b"]", b","):
+            reader.fail("Expecting ',' delimiter", reader.at)
         reader.at += mark == b","
     reader.at += 1
-    if reader.peek(): reader.fail("Extra data", reader.at)
+    if reader.peek():
+        reader.fail("Extra data", reader.at)
 
 # %% ../../nbs/store/01_files.ipynb #1f04a061
 _CAUSES = {
@@ -242,7 +284,8 @@ _CAUSES = {
     "control": "this is a control character; inside a text a line break is written \\n",
 }
 
-def _likely_cause(before: str, behind: str) -> str: # "" where nothing is known
+
+def _likely_cause(before: str, behind: str) -> str:  # "" where nothing is known
     "What people write where the decoder stops."
     here, last = behind.lstrip(), before.rstrip()[-1:]
     closes = lambda text: text.lstrip()[:1] in ("]", "}") and bool(text.strip())
@@ -260,7 +303,8 @@ def _likely_cause(before: str, behind: str) -> str: # "" where nothing is known
 # %% ../../nbs/store/01_files.ipynb #f449562a
 def _line(data: mmap.mmap, at: int) -> int:
     "The line of a byte, from 1."
-    return 1 + sum(data[k:min(k + (1 << 22), at)].count(b"\n") for k in range(0, at, 1 << 22))
+    return 1 + sum(data[k : min(k + (1 << 22), at)].count(b"\n") for k in range(0, at, 1 << 22))
+
 
 def _place(data: mmap.mmap, at: int) -> str:
     "Where a byte is, in a person's terms and in a program's."
@@ -268,93 +312,111 @@ def _place(data: mmap.mmap, at: int) -> str:
     column = 1 + len(data[begin:at].decode("utf-8", "replace"))
     return f"line {_line(data, at)}, column {column} (byte {at:,} of {len(data):,})"
 
-def _cause(data: mmap.mmap, at: int, message: str) -> str: # "; " and the cause, or ""
+
+def _cause(data: mmap.mmap, at: int, message: str) -> str:  # "; " and the cause, or ""
     "The likely cause of an error."
-    before, behind = data[max(0, at - 800):at], data[at:at + 48]
+    before, behind = data[max(0, at - 800) : at], data[at : at + 48]
     cause = _likely_cause(before.decode("utf-8", "ignore"), behind.decode("utf-8", "ignore"))
     at_end = _SPACE.match(data, at).end() == len(data) or message.startswith("Unterminated")
     return f"; {cause}" if cause else "; was the download cut off?" * at_end
 
 # %% ../../nbs/store/01_files.ipynb #e3dd0daa
-MAX_GROUP = 1 << 32        # bytes of a row group that are read at once
+MAX_GROUP = 1 << 32  # bytes of a row group that are read at once
+
 
 def parquet_values(
     path: Path,
-    columns: list[str] | None = None, # None: all
-) -> Iterator[dict]: # one per record
+    columns: list[str] | None = None,  # None: all
+) -> Iterator[dict]:  # one per record
     "The rows of a Parquet file as Python values, null included."
     try:
         file = parquet.ParquetFile(path)
         _check_groups(path, file.metadata)
         size = 8 if any(map(holds_binary, file.schema_arrow.types)) else 1024
-        for batch in file.iter_batches(batch_size=size, columns=columns): yield from batch.to_pylist()
+        for batch in file.iter_batches(batch_size=size, columns=columns):
+            yield from batch.to_pylist()
     except (pa.ArrowException, EOFError, OSError) as e:
-        if getattr(e, "errno", None): raise          # of the disk, not of the file
+        if getattr(e, "errno", None):
+            raise  # of the disk, not of the file
         cause = f"({one_line(e, 200)}); was the download cut off?"
         raise ValueError(f"{path}: not a whole Parquet file {cause}") from None
+
 
 def _check_groups(path: Path, found: parquet.FileMetaData) -> None:
     sizes = [found.row_group(k).total_byte_size for k in range(found.num_row_groups)]
     largest = max(sizes, default=0)
-    if largest <= MAX_GROUP: return
+    if largest <= MAX_GROUP:
+        return
     limit = f"and a row group is read at once, of at most {MAX_GROUP:,}"
     remedy = "write the file again with a row_group_size of 1000"
     raise ValueError(f"{path}: row group {sizes.index(largest)} has {largest:,} bytes, {limit}; {remedy}")
 
+# %% ../../nbs/store/01_files.ipynb #f47ff28a
 def holds_binary(
     kind: pa.DataType,
 ) -> bool:
     "Whether a column may hold bytes, at any depth."
-    if pa.types.is_dictionary(kind): return holds_binary(kind.value_type)
-    if not pa.types.is_nested(kind): return "binary" in str(kind)
+    if pa.types.is_dictionary(kind):
+        return holds_binary(kind.value_type)
+    if not pa.types.is_nested(kind):
+        return "binary" in str(kind)
     return any(holds_binary(kind.field(k).type) for k in range(kind.num_fields))
 
 # %% ../../nbs/store/01_files.ipynb #47f41b9c
 def image_held(
-    image: Any, # of the column `image`
-) -> Any: # bytes; a path; None; or what it is instead
+    image: Any,  # of the column `image`
+) -> Any:  # bytes; a path; None; or what it is instead
     "An image of a Parquet row: its bytes, or its path where they are null."
-    if isinstance(image, list) and len(image) == 1 and isinstance(image[0], dict | bytes): image = image[0]
-    if not isinstance(image, dict) or not isinstance(image.get("bytes", ""), bytes | None): return image
+    if isinstance(image, list) and len(image) == 1 and isinstance(image[0], dict | bytes):
+        image = image[0]
+    if not isinstance(image, dict) or not isinstance(image.get("bytes", ""), bytes | None):
+        return image
     return image.get("path") if image["bytes"] is None else image["bytes"]
 
+
 def held_name(
-    content: bytes, # of an image
-) -> str: # "parquet/" and 64 hexadecimal digits
+    content: bytes,  # of an image
+) -> str:  # "parquet/" and 64 hexadecimal digits
     "The name of an image that a Parquet file holds: the same bytes, the same name."
     return f"parquet/{hashlib.sha256(content).hexdigest()}"
 
+
 def _parquet_rows(path: Path) -> Iterator[str]:
     for row in parquet_values(path):
-        if isinstance(held := image_held(row.get("image")), bytes): held = held_name(held)
+        if isinstance(held := image_held(row.get("image")), bytes):
+            held = held_name(held)
         row = row | {"image": held}
-        filled = {k: v for k, v in row.items() if v is not None}     # a column is null where a record lacks the key
+        filled = {k: v for k, v in row.items() if v is not None}  # a column is null where a record lacks the key
         yield json.dumps(filled, default=_as_text)
 
-def _as_text(value: Any) -> str: # of a value that JSON cannot hold
+
+def _as_text(value: Any) -> str:  # of a value that JSON cannot hold
     return f"{len(value):,} bytes" if isinstance(value, bytes) else repr(value)
 
 # %% ../../nbs/store/01_files.ipynb #47b15e09
 def read_records(
-    path: str | Path | Sequence[str | Path], # see `data_files`
+    path: str | Path | Sequence[str | Path],  # see `data_files`
 ) -> Iterator[dict]:
     "Read records one after another."
     return (parsed(row)[0] for file in data_files(path) for row in rows_of(file))
 
+
 def raw_rows(
-    path: str | Path, # one file
-    wanted: set[int], # places in it
-) -> Iterator[tuple[int, str]]: # place and JSON text
+    path: str | Path,  # one file
+    wanted: set[int],  # places in it
+) -> Iterator[tuple[int, str]]:  # place and JSON text
     "Read some records of a file as text."
     for k, row in enumerate(itertools.islice(rows_of(Path(path)), max(wanted, default=-1) + 1)):
-        if k in wanted: yield k, row
+        if k in wanted:
+            yield k, row
 
 # %% ../../nbs/store/01_files.ipynb #1066df8e
 def rows_of(
     path: Path,
 ) -> Iterator[str]:
     "Read the records of one file, each as JSON text."
-    with path.open("rb") as f: start = f.read(4096)
+    with path.open("rb") as f:
+        start = f.read(4096)
     if start[:4] == b"PAR1":
         yield from _parquet_rows(path)
         return
@@ -362,20 +424,28 @@ def rows_of(
     rows = _json_rows(path)
     first = list(itertools.islice(rows, 2))
     is_list = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
-    if len(first) == 1 and not is_list: _check_single(path, first[0])
+    if len(first) == 1 and not is_list:
+        _check_single(path, first[0])
     yield from itertools.chain(first, rows)
+
 
 def _check_single(path: Path, row: str) -> None:
     "Refuse a file of one value that is no record, such as an object with the list of records inside."
-    try: value, more = parsed(row)[0], ""
-    except BadRecord: return                    # whoever validates the record names it
+    try:
+        value, more = parsed(row)[0], ""
+    except BadRecord:
+        return  # whoever validates the record names it
     if isinstance(value, dict):
-        if "conversations" in value or "messages" in value: return
+        if "conversations" in value or "messages" in value:
+            return
         inside = next((key for key, v in value.items() if _is_records(v)), None)
         more = f", of the keys {shown([*value][:12])}"
-        if inside: more = f"; the records seem to be its {shown(inside)}: write that list alone"
+        if inside:
+            more = f"; the records seem to be its {shown(inside)}: write that list alone"
     raise ValueError(f"{path}: holds one {type(value).__name__}, not a list of records{more}")
 
+
 def _is_records(value: Any) -> bool:
-    if not (isinstance(value, list) and value and isinstance(value[0], dict)): return False
+    if not (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return False
     return any(isinstance(inner, list) for inner in value[0].values())

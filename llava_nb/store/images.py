@@ -16,15 +16,16 @@ from ..conversation import BadRecord
 
 # %% ../../nbs/store/05_images.ipynb #f3401f8c
 def check_picture(
-    image: str, # path below the image folder
-    folder: Path | None, # the image folder
+    image: str,  # path below the image folder
+    folder: Path | None,  # the image folder
 ) -> None:
     "Refuse a path that is not a file inside the image folder."
     if folder is None:
         remedy = "name the folder that holds it with --image_folder"
         raise BadRecord("missing", f"{shown(image)} is given, but no image_folder", remedy, "image")
     path = folder / image
-    try: inside, is_file = _inside(path, folder), path.is_file()
+    try:
+        inside, is_file = _inside(path, folder), path.is_file()
     except (OSError, ValueError, RuntimeError) as e:
         what = f"{shown(image)} is no path that this system can follow ({getattr(e, 'strerror', None) or e})"
         raise BadRecord("path", what, "correct it", "image") from None
@@ -35,13 +36,16 @@ def check_picture(
         what = f"{shown(image)} is not a file in {folder}"
         raise BadRecord("missing", what, "fetch it, or leave the record out", "image")
 
-def _inside(path: Path, folder: Path) -> bool: return path.resolve().is_relative_to(folder.resolve())
+
+def _inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 # %% ../../nbs/store/05_images.ipynb #7fbf5c04
 def _simplified(name: str, stem: bool = False) -> str:
     "A name without differences of case and of how accents are written; the stem: without its suffix."
     name = unicodedata.normalize("NFC", name.strip()).casefold()
     return name.rpartition(".")[0] or name if stem else name
+
 
 def _likely_meant(image: str, folder: Path, known: dict) -> str:
     "A file that may have been meant; `known` keeps what the folders hold."
@@ -52,31 +56,39 @@ def _likely_meant(image: str, folder: Path, known: dict) -> str:
     near = known[below].get(_simplified(name)) or known[below].get(_simplified(name, stem=True))
     return f"did you mean {shown(f'{below}/{near}'.lstrip('/'), 200)}?" if near else ""
 
+
 def _plain_files(folder: Path, below: str) -> set[str]:
     "Names of the files of a folder inside the image folder; empty if it is no such folder."
     try:
-        if not _inside(folder / below, folder): return set()
+        if not _inside(folder / below, folder):
+            return set()
         with os.scandir(folder / below) as found:
             return {e.name for e in found if e.is_file(follow_symlinks=False)}
-    except (OSError, ValueError, RuntimeError): return set()
+    except (OSError, ValueError, RuntimeError):
+        return set()
 
 # %% ../../nbs/store/05_images.ipynb #c35e7b56
 def picture_problems(
-    images: Sequence[str], # paths below the image folder
-    folder: Path | None, # the image folder
-) -> dict[str, BadRecord]: # by path
+    images: Sequence[str],  # paths below the image folder
+    folder: Path | None,  # the image folder
+) -> dict[str, BadRecord]:  # by path
     "The paths that name no image."
-    if folder is None: return _without_folder(images)
+    if folder is None:
+        return _without_folder(images)
     problems, listed, known = {}, {}, {}
     for image in images:
         below, _, name = image.rpartition("/")
-        if below not in listed: listed[below] = _plain_files(folder, below)
-        if name in listed[below]: continue
-        try: check_picture(image, folder)
+        if below not in listed:
+            listed[below] = _plain_files(folder, below)
+        if name in listed[below]:
+            continue
+        try:
+            check_picture(image, folder)
         except BadRecord as e:
             meant = _likely_meant(image, folder, known) if e.kind == "missing" else ""
             problems[image] = BadRecord(e.kind, e.what, f"{e.remedy}; {meant}" if meant else e.remedy, e.field)
     return problems
+
 
 def _without_folder(images: Sequence[str]) -> dict[str, BadRecord]:
     "Problems of paths without an image folder; the remedy names the folder that absolute paths share."
@@ -90,12 +102,22 @@ def _without_folder(images: Sequence[str]) -> dict[str, BadRecord]:
 # %% ../../nbs/store/05_images.ipynb #571de5af
 class Folder:
     "Images that are files below a folder."
-    def __init__(self, root: str | Path): self.root = Path(root)
-    def __str__(self) -> str: return str(self.root)
-    def problems(self, images: Sequence[str]) -> dict[str, BadRecord]: return picture_problems(images, self.root)
-    def open(self, image: str) -> Path: return self.root / image      # what an ImageTransform takes
-    def read(self, image: str) -> bytes: return (self.root / image).read_bytes()
 
-    def stamp(self, image: str) -> str: # changes when the file does
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def problems(self, images: Sequence[str]) -> dict[str, BadRecord]:
+        return picture_problems(images, self.root)
+
+    def open(self, image: str) -> Path:
+        return self.root / image  # what an ImageTransform takes
+
+    def read(self, image: str) -> bytes:
+        return (self.root / image).read_bytes()
+
+    def stamp(self, image: str) -> str:  # changes when the file does
         found = (self.root / image).stat()
         return f"{found.st_size} {found.st_mtime_ns}"

@@ -36,7 +36,7 @@ KINDS = {
 _SHAPE = '`conversations` is a list of {"from": "human" or "gpt", "value": text}'
 _RENAME = "rename it to `conversations`"
 _TURN_KEYS = "`role` to `from` ('user' to 'human', 'assistant' to 'gpt') and `content` to `value`"
-_FORMATS = (      # keys of other formats, and what to do with them
+_FORMATS = (  # keys of other formats, and what to do with them
     (("messages",), f"rename `messages` to `conversations`, {_TURN_KEYS}"),
     (("conversation",), _RENAME),
     (("dialog",), _RENAME),
@@ -57,10 +57,11 @@ _FORMATS = (      # keys of other formats, and what to do with them
 )
 
 # %% ../../nbs/store/03_record_checks.ipynb #d8321bea
-def _no_turns(record: dict) -> tuple[str, str]: # what is wrong, and the remedy
+def _no_turns(record: dict) -> tuple[str, str]:  # what is wrong, and the remedy
     "Why a record has no turns."
     found = record.get("conversations")
-    if found is not None: return f"must be a list of turns, got {shown(found)}", _SHAPE
+    if found is not None:
+        return f"must be a list of turns, got {shown(found)}", _SHAPE
     lower = {key.strip().lower(): key for key in record if isinstance(key, str) and len(key) < 40}
     if lower.get("conversations", "conversations") != "conversations":
         return f"is missing: found `{printable(lower['conversations'])}`", "write it `conversations`"
@@ -70,23 +71,27 @@ def _no_turns(record: dict) -> tuple[str, str]: # what is wrong, and the remedy
             return f"is missing: found {names}", f"{remedy}; {_SHAPE}"
     return f"must be a list of turns, got None, in a record of the keys {shown([*record][:12])}", _SHAPE
 
-def _no_turn(turn: Any) -> tuple[str, str]: # what is wrong, and the remedy
+
+def _no_turn(turn: Any) -> tuple[str, str]:  # what is wrong, and the remedy
     "Why a value is no turn."
-    if not isinstance(turn, dict): return f"a turn is an object with `from` and `value`, got {shown(turn)}", _SHAPE
+    if not isinstance(turn, dict):
+        return f"a turn is an object with `from` and `value`, got {shown(turn)}", _SHAPE
     if "role" in turn and "from" not in turn:
         return "says `role`" + " and `content`" * ("content" in turn), f"rename {_TURN_KEYS}"
     lacks = " and ".join(f"`{key}`" for key in ("from", "value") if key not in turn)
     return f"a turn without {lacks}, of the keys {shown([*turn][:12])}", _SHAPE
 
 # %% ../../nbs/store/03_record_checks.ipynb #a69975b3
-_FORBIDDEN = re.compile("[\x00\ud800-\udfff\ufdd0-\ufdef]")     # NUL, half of a surrogate pair, noncharacters
+_FORBIDDEN = re.compile("[\x00\ud800-\udfff\ufdd0-\ufdef]")  # NUL, half of a surrogate pair, noncharacters
 
-def _check_shape(record: dict) -> list[dict]: # its turns
+
+def _check_shape(record: dict) -> list[dict]:  # its turns
     "Refuse a record that is not made of turns with a role and a text."
     if not isinstance(record, dict):
         raise BadRecord("shape", f"a record is an object, this is {type(record).__name__}", "give it `conversations`")
     turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns: raise BadRecord("shape", *_no_turns(record), "conversations")
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord("shape", *_no_turns(record), "conversations")
     for k, turn in enumerate(turns):
         field = f"conversations[{k}]"
         if not isinstance(turn, dict) or not ("from" in turn and "value" in turn):
@@ -97,13 +102,16 @@ def _check_shape(record: dict) -> list[dict]: # its turns
         _check_text(turn["value"], f"{field}.value")
     return turns
 
+
 def _likely_role(role: Any) -> str:
     "The role that was probably meant."
     role = role.strip().lower() if isinstance(role, str) else ""
-    if role == SYSTEM: return " (a system prompt is the first turn, from 'system')"
+    if role == SYSTEM:
+        return " (a system prompt is the first turn, from 'system')"
     meant = {"user": "human", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt"}.get(role, role)
     return f" (did you mean {meant!r}?)" if meant in ROLES else ""
 
+# %% ../../nbs/store/03_record_checks.ipynb #b11ec678
 def _check_text(value: Any, field: str) -> None:
     if not isinstance(value, str):
         join = " (join the parts of a content list, and write `<image>` where the image belongs)"
@@ -118,40 +126,52 @@ def _check_text(value: Any, field: str) -> None:
 # %% ../../nbs/store/03_record_checks.ipynb #8da7964a
 _IMAGE = frozenset(
     "image images img imgs picture pictures pic pics photo photos photograph photographs screenshot screenshots "
-    "pixel pixels".split())
+    "pixel pixels".split()
+)
 _OTHER = frozenset(
     "video videos vid vids movie movies audio audios sound sounds speech wav waveform waveforms media medias "
-    "frame frames".split())
+    "frame frames".split()
+)
 _ABOUT = frozenset(
     "size sizes width height caption captions source count num number n format type mode ratio hash md5 license "
     "aspect resolution area quality score shape has is w h dataset category label labels tag tags description "
-    "title orientation".split())
+    "title orientation".split()
+)
 _WEIGHTS = frozenset("weight loss loss_weight loss_scale sample_weight train trainable learn".split())
 _LOST = frozenset(
-    "system system_prompt tools functions tool_calls function_call reasoning reasoning_content thinking".split())
+    "system system_prompt tools functions tool_calls function_call reasoning reasoning_content thinking".split()
+)
 _MEDIA = "|".join(sorted(_IMAGE | _OTHER, key=len, reverse=True))
 _GLUED = re.compile(rf"\b({_MEDIA})(?:path|paths|file|files|url|urls|id|name|list|data|bytes|base64)\b")
 
+
 @lru_cache(1 << 12)
 def names(
-    key: str, # of an object
-) -> str: # "image", "other" (a video, a sound), "weight", "lost", or "": nothing that matters
+    key: str,  # of an object
+) -> str:  # "image", "other" (a video, a sound), "weight", "lost", or "": nothing that matters
     "What a key names."
     words = [w.lower() for w in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", key[:80])]
     words = _GLUED.sub(r"\1 file", " ".join(words)).split()
-    if "_".join(words) in _WEIGHTS: return "weight"
-    if "_".join(words) in _LOST: return "lost"
-    if _ABOUT.intersection(words): return ""
+    if "_".join(words) in _WEIGHTS:
+        return "weight"
+    if "_".join(words) in _LOST:
+        return "lost"
+    if _ABOUT.intersection(words):
+        return ""
     return "other" if _OTHER.intersection(words) else "image" if _IMAGE.intersection(words) else ""
 
 # %% ../../nbs/store/03_record_checks.ipynb #ee7ded2c
 def _check_keys(record: dict, turns: list[dict], image: Any) -> None:
     "Refuse keys that matter and are not read."
-    if record.keys() <= {"id", "image", "conversations"} and all(len(turn) == 2 for turn in turns): return
+    if record.keys() <= {"id", "image", "conversations"} and all(len(turn) == 2 for turn in turns):
+        return
     for key, value in record.items():
-        if key not in ("id", "image", "conversations", "dataset"): _check_key(key, value, image, key)
+        if key not in ("id", "image", "conversations", "dataset"):
+            _check_key(key, value, image, key)
     for k, turn in enumerate(turns):
-        for key in turn.keys() - {"from", "value"}: _check_key(key, turn[key], image, f"conversations[{k}].{key}")
+        for key in turn.keys() - {"from", "value"}:
+            _check_key(key, turn[key], image, f"conversations[{k}].{key}")
+
 
 def _check_key(key: str, value: Any, image: Any, field: str) -> None:
     "Check a key and whatever is below it."
@@ -161,24 +181,33 @@ def _check_key(key: str, value: Any, image: Any, field: str) -> None:
         kind = names(key) if isinstance(key, str) else ""
         if kind and _matters(kind, key, value, image, field):
             raise BadRecord("unread", *_not_read(kind, value, image), printable(field, 120))
-        if isinstance(value, dict): waiting += [(k, v, f"{field[:100]}.{k}") for k, v in value.items()]
-        elif isinstance(value, list): waiting += [("", v, field) for v in value if isinstance(v, dict | list)]
+        if isinstance(value, dict):
+            waiting += [(k, v, f"{field[:100]}.{k}") for k, v in value.items()]
+        elif isinstance(value, list):
+            waiting += [("", v, field) for v in value if isinstance(v, dict | list)]
 
 # %% ../../nbs/store/03_record_checks.ipynb #31e62a48
 def _matters(kind: str, key: str, value: Any, image: Any, field: str) -> bool:
     "Whether the training would be another one with this key."
     in_turn = field.startswith("conversations[")
-    if kind in ("weight", "lost") and not in_turn and field != key: return False        # somebody's `metadata`
-    if kind == "weight": return value is not None and value != 1 and (in_turn or "weight" in key.lower())
-    if not value or value != value: return False                # null, "", [], NaN
-    if kind == "lost": return True
-    if kind == "other" or image is None: return True
+    if kind in ("weight", "lost") and not in_turn and field != key:
+        return False  # somebody's `metadata`
+    if kind == "weight":
+        return value is not None and value != 1 and (in_turn or "weight" in key.lower())
+    if not value or value != value:
+        return False  # null, "", [], NaN
+    if kind == "lost":
+        return True
+    if kind == "other" or image is None:
+        return True
     several = isinstance(value, list) and len(value) > 1 or key[-1:].isdigit() or in_turn
     return several and value not in (image, [image])
 
-def _not_read(kind: str, value: Any, image: Any) -> tuple[str, str]: # what is wrong, and the remedy
+
+def _not_read(kind: str, value: Any, image: Any) -> tuple[str, str]:  # what is wrong, and the remedy
     lost = f"{shown(value)} would be lost"
-    if kind == "weight": return f"{lost}: all answers weigh the same", "leave the turn or the record out, or the key"
+    if kind == "weight":
+        return f"{lost}: all answers weigh the same", "leave the turn or the record out, or the key"
     if kind == "lost":
         remedy = "write it into a text (a system prompt as a first turn from 'system'), or remove the key"
         return f"{lost}: this key is not read", remedy
@@ -193,7 +222,8 @@ def _not_read(kind: str, value: Any, image: Any) -> tuple[str, str]: # what is w
 # %% ../../nbs/store/03_record_checks.ipynb #a99485a9
 _NOUN = "image|img|picture|photo|video|audio|sound|speech"
 _ALONE = rf"(?:<\|?(?:{_NOUN})\|?>|\[(?:{_NOUN})\])"
-_MARKS = re.compile(rf"""(?xi)
+_MARKS = re.compile(
+    rf"""(?xi)
     (?<![\w:])<\|?(?:image|video|audio)\|?>                     # <image>, <|image|>, <Video>; not vector<Image>
   | <\|?(?:{_NOUN})[ _-]*(?:pad|placeholder|here|token|soft_token|start|end|context|\d+)
       (?:[ _-]*\d+)?\|?>                                        # <image_1>, <|image_pad|>
@@ -202,12 +232,16 @@ _MARKS = re.compile(rf"""(?xi)
   | <(img|image|video|audio)>[^<>\n]+</\1>                      # <img>1.png</img>
   | (?:^|\A\s*)[ \t]*{_ALONE}(?=\s*$|\s*\Z)                     # alone on a line
   | \A\s*{_ALONE} | (?<![\w:]){_ALONE}\s*\Z                     # first or last in a text
-""", re.M)
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.S)         # a block of Markdown, or words set as code
+""",
+    re.M,
+)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.S)  # a block of Markdown, or words set as code
+
 
 def _found_marks(text: str) -> list[str]:
     "The marks in a text that could stand for a file; code, and HTML with its closing tag, could not."
-    if "<" not in text and "[" not in text: return []
+    if "<" not in text and "[" not in text:
+        return []
     spoken = _CODE.sub("`", text)
     marks = [m[0].strip() for m in _MARKS.finditer(spoken)]
     return [m for m in marks if not (m[0] + m[-1] == "<>" and "</" not in m and f"</{m[1:]}" in spoken)]
@@ -216,21 +250,26 @@ def _found_marks(text: str) -> list[str]:
 _REWRITE = "leave the record out, or write it in another way where it is only text"
 _PLACES = {"gpt": "an answer", SYSTEM: "a system prompt"}
 
+
 def _check_marks(turns: list[dict], image: Any) -> None:
     "Refuse all but one `<image>` for an image, in a question."
-    if not isinstance(image, str | None): raise BadRecord("shape", *_not_a_path(image), "image")
+    if not isinstance(image, str | None):
+        raise BadRecord("shape", *_not_a_path(image), "image")
     marks = [_found_marks(turn["value"]) for turn in turns]
     other = next(((k, mark) for k, own in enumerate(marks) for mark in own if mark != IMAGE_TOKEN), None)
     counts = [own.count(IMAGE_TOKEN) for own in marks]
     if image is not None:
         counts = [turn["value"].count(IMAGE_TOKEN) for turn in turns]
-        if not any(counts): raise BadRecord("mark", *_no_mark(image, other), "image")
+        if not any(counts):
+            raise BadRecord("mark", *_no_mark(image, other), "image")
     if other:
         what = f"{shown(other[1])} is no mark that is read, the model would learn it as text"
         raise BadRecord("mark", what, _REWRITE, f"conversations[{other[0]}].value")
     for k, n in enumerate(counts):
-        if n: _check_mark(n, turns[k]["from"], image, any(counts[:k]), f"conversations[{k}].value")
+        if n:
+            _check_mark(n, turns[k]["from"], image, any(counts[:k]), f"conversations[{k}].value")
 
+# %% ../../nbs/store/03_record_checks.ipynb #ae62a76e
 def _check_mark(n: int, role: str, image: str | None, again: bool, field: str) -> None:
     "Check the marks of one turn, at least one."
     if image is None:
@@ -238,24 +277,30 @@ def _check_mark(n: int, role: str, image: str | None, again: bool, field: str) -
         raise BadRecord("mark", f"{IMAGE_TOKEN}, and the record has no `image`", remedy, field)
     if role != "human":
         raise BadRecord("mark", f"{IMAGE_TOKEN} in {_PLACES[role]}; an image belongs to a question", "move it", field)
-    if n > 1 or again: raise BadRecord("mark", f"a second {IMAGE_TOKEN} for one image", "keep one", field)
+    if n > 1 or again:
+        raise BadRecord("mark", f"a second {IMAGE_TOKEN} for one image", "keep one", field)
 
-def _no_mark(image: str, other: tuple[int, str] | None) -> tuple[str, str]: # what is wrong, and the remedy
+
+def _no_mark(image: str, other: tuple[int, str] | None) -> tuple[str, str]:  # what is wrong, and the remedy
     meant = f" (did you mean it by {shown(other[1])} in conversations[{other[0]}]?)" if other else ""
     return f"{shown(image)} is given, but no turn says {IMAGE_TOKEN}", f"put it where the image belongs{meant}"
 
-def _not_a_path(image: Any) -> tuple[str, str]: # what is wrong, and the remedy
+
+def _not_a_path(image: Any) -> tuple[str, str]:  # what is wrong, and the remedy
     remedy = "write the path as a text, or leave the key out of a record without an image"
-    if isinstance(image, list): remedy = "make a record of each image"
+    if isinstance(image, list):
+        remedy = "make a record of each image"
     if isinstance(image, dict):
-        remedy = ("write the path as a text; bytes are read from the column `image` of a Parquet file alone, "
-                  "a binary or a struct of `bytes` and `path`")
+        remedy = (
+            "write the path as a text; bytes are read from the column `image` of a Parquet file alone, "
+            "a binary or a struct of `bytes` and `path`"
+        )
     return f"must be one path under the image folder, got {shown(image)}", remedy
 
 # %% ../../nbs/store/03_record_checks.ipynb #00124a81
 def validate_record(
-    record: dict, # any value of JSON
-) -> list[dict]: # see `normalise`
+    record: dict,  # any value of JSON
+) -> list[dict]:  # see `normalise`
     "A record's turns in order, or `BadRecord` with the reason."
     turns, image = _check_shape(record), image_of(record)
     _check_keys(record, turns, image)

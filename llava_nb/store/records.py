@@ -19,42 +19,50 @@ import pyarrow.compute
 from ..base.terminal import masked, printable
 from ..conversation import BadRecord
 from .images import Folder, picture_problems
-from .validate import BLOCK, NOTES, PROBLEM, SCHEMA, Gate, Problem
+from .validate import BLOCK, NOTES, PROBLEM, SCHEMA, RecordValidator, Problem
 
 # %% ../../nbs/store/06_records.ipynb #e5242ef9
 class Records(Sequence):
     "Validated records in an Arrow table."
-    def __init__(self,
-        table: pa.Table, # of `SCHEMA`, good records only
-        problems: list[Problem], # the bad ones
-        files: list[str], # by number
-        folder: Path | None = None, # of the conversion it is mapped from
-        rows: np.ndarray | None = None, # the rows of the table that count; None: all
+
+    def __init__(
+        self,
+        table: pa.Table,  # of `SCHEMA`, good records only
+        problems: list[Problem],  # the bad ones
+        files: list[str],  # by number
+        folder: Path | None = None,  # of the conversion it is mapped from
+        rows: np.ndarray | None = None,  # the rows of the table that count; None: all
     ):
         self.table, self.problems, self.files, self.folder, self.rows = table, problems, files, folder, rows
 
-    def __reduce__(self): # another process gets a path where there is one, and copies nothing
-        if self.folder: return open_records, (self.folder, self.rows)
+    def __reduce__(self):  # another process gets a path where there is one, and copies nothing
+        if self.folder:
+            return open_records, (self.folder, self.rows)
         return Records, (self.table, self.problems, self.files, None, self.rows)
 
-    def __len__(self) -> int: return len(self.table) if self.rows is None else len(self.rows)
-    def row(self, i: int) -> int: return range(len(self))[i] if self.rows is None else int(self.rows[i])
-    def __getitem__(self, i: int) -> dict: return json.loads(self.table["record"][self.row(i)].as_py())
+    def __len__(self) -> int:
+        return len(self.table) if self.rows is None else len(self.rows)
 
-    def values(self, name: str) -> list: # [N]
+    def row(self, i: int) -> int:
+        return range(len(self))[i] if self.rows is None else int(self.rows[i])
+
+    def __getitem__(self, i: int) -> dict:
+        return json.loads(self.table["record"][self.row(i)].as_py())
+
+    def values(self, name: str) -> list:  # [N]
         "A column as Python values."
         column = self.table[name] if self.rows is None else self.table[name].take(self.rows)
         return column.to_pylist()
 
-    def column(self, name: str) -> np.ndarray: # [N]
-        "A column of numbers; of \"image\", a number for each image, -1 where there is none."
+    def column(self, name: str) -> np.ndarray:  # [N]
+        'A column of numbers; of "image", a number for each image, -1 where there is none.'
         column = self.table[name]
         if name == "image":
             codes = [c.indices for c in column.dictionary_encode().chunks]
             column = pa.chunked_array(codes, pa.int32()).fill_null(-1)
         return column.to_numpy() if self.rows is None else column.to_numpy()[self.rows]
 
-    def images(self) -> list[str | None]: # [N]
+    def images(self) -> list[str | None]:  # [N]
         "The image path of each record."
         return [_path(value) for value in self.values("image")]
 
@@ -66,22 +74,23 @@ class Records(Sequence):
         "A problem of record `i`."
         return _located(self, self.row(i), wrong)
 
-    def noted(self) -> dict[str, np.ndarray]: # by note, the records [n] that have it
+    def noted(self) -> dict[str, np.ndarray]:  # by note, the records [n] that have it
         "What is odd about good records."
         notes = self.column("notes")
         found = {what: np.flatnonzero(notes >> bit & 1) for bit, what in enumerate(NOTES)}
         return {what: rows for what, rows in found.items() if len(rows)}
 
-    def digest(self) -> str: # 12 hexadecimal digits
+    def digest(self) -> str:  # 12 hexadecimal digits
         "A hash of all texts."
         hashed = hashlib.sha256()
-        for part in self.table["record"].chunks: hashed.update(part.buffers()[2] or b"")
+        for part in self.table["record"].chunks:
+            hashed.update(part.buffers()[2] or b"")
         return hashed.hexdigest()[:12]
 
 # %% ../../nbs/store/06_records.ipynb #c0446ec1
 def open_records(
-    folder: Path, # of a conversion
-    rows: np.ndarray | None = None, # see `Records`
+    folder: Path,  # of a conversion
+    rows: np.ndarray | None = None,  # see `Records`
 ) -> Records:
     "Map a conversion."
     done = json.loads((folder / "done.json").read_text())
@@ -89,22 +98,29 @@ def open_records(
     table = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow"))).read_all()
     return Records(table, problems, done["files"], folder, rows)
 
+
 def validate_list(
-    records: list, # in memory
-    gate: Gate,
+    records: list,  # in memory
+    gate: RecordValidator,
 ) -> Records:
     "Validate records that are in memory."
-    texts = [[json.dumps(r, default=repr) for r in records[k:k + BLOCK]] for k in range(0, len(records), BLOCK)]
+    texts = [[json.dumps(r, default=repr) for r in records[k : k + BLOCK]] for k in range(0, len(records), BLOCK)]
     table = pa.Table.from_batches([gate(some, k * BLOCK) for k, some in enumerate(texts)], SCHEMA)
     return Records(good_rows(table), problems_of(table, [""]), [""])
 
-def good_rows(table: pa.Table) -> pa.Table: return table.filter(pa.compute.is_null(table["problem"]))
+
+def good_rows(table: pa.Table) -> pa.Table:
+    return table.filter(pa.compute.is_null(table["problem"]))
+
 
 def problems_of(table: pa.Table, files: list[str]) -> list[Problem]:
     bad = table.filter(pa.compute.is_valid(table["problem"]))
     return [_problem(row, files) for row in bad.to_pylist()]
 
-def _path(value: bytes | None) -> str | None: return value and value.decode("utf-8", "surrogatepass")
+
+def _path(value: bytes | None) -> str | None:
+    return value and value.decode("utf-8", "surrogatepass")
+
 
 def _problem(row: dict, files: list[str]) -> Problem:
     return Problem(row["index"], row["id"], **row["problem"], file=files[row["file"]], source=row["source"])
@@ -112,18 +128,20 @@ def _problem(row: dict, files: list[str]) -> Problem:
 # %% ../../nbs/store/06_records.ipynb #5d5e68ec
 def with_pictures(
     records: Records,
-    source: Folder | None, # of images
+    source: Folder | None,  # of images
 ) -> Records:
     "Move records whose image is missing to the problems."
     column = records.table["image"]
     paths = [_path(p) for p in column.unique().to_pylist() if p is not None]
     wrong = source.problems(paths) if source else picture_problems(paths, None)
-    if not wrong: return records
+    if not wrong:
+        return records
     names = pa.array([path.encode("utf-8", "surrogatepass") for path in wrong], pa.binary())
     rows = np.flatnonzero(pa.compute.is_in(column, names).to_numpy()).tolist()
     return _without(records, {row: wrong[_path(column[row].as_py())] for row in rows})
 
-def _without(records: Records, wrong: dict[int, BadRecord]) -> Records: # by row of the table
+
+def _without(records: Records, wrong: dict[int, BadRecord]) -> Records:  # by row of the table
     "Move rows from the good records to the problems."
     new = [_located(records, row, error) for row, error in wrong.items()]
     rows = np.arange(len(records.table)) if records.rows is None else records.rows
@@ -131,23 +149,26 @@ def _without(records: Records, wrong: dict[int, BadRecord]) -> Records: # by row
     problems = sorted(records.problems + new, key=lambda p: (p.file, p.index))
     return Records(records.table, problems, records.files, records.folder, left)
 
+
 def _located(records: Records, row: int, wrong: BadRecord) -> Problem:
     "A problem of a row of the table."
     known = {name: records.table[name][row].as_py() for name in ("file", "index", "id", "source")}
     return _problem(known | {"problem": {name: getattr(wrong, name) for name in PROBLEM.names}}, records.files)
 
 # %% ../../nbs/store/06_records.ipynb #12aa65be
-PICTURE_KINDS = ("size", "unreadable")       # those that only opening an image shows
+PICTURE_KINDS = ("size", "unreadable")  # those that only opening an image shows
+
 
 def with_findings(
     records: Records,
-    path: str | Path, # a doctor's findings.jsonl
+    path: str | Path,  # a doctor's findings.jsonl
 ) -> Records:
     "Move records whose image a doctor could not read to the problems."
     found, wrong = _findings(Path(path)), {}
     files = masked(records.files)
     for row, (file, index) in enumerate(zip(records.table["file"].to_pylist(), records.table["index"].to_pylist())):
-        if not (finding := found.get((files[file], index))): continue
+        if not (finding := found.get((files[file], index))):
+            continue
         known = masked(records.table["id"][row].as_py())
         if finding["id"] != known:
             was = f"{path} names record {index} (id {finding['id']}) of {files[file]}"
@@ -155,7 +176,8 @@ def with_findings(
         wrong[row] = BadRecord(*(finding[name] for name in PROBLEM.names))
     return _without(records, wrong)
 
-def _findings(path: Path) -> dict[tuple[str, int], dict]: # by file and place
+
+def _findings(path: Path) -> dict[tuple[str, int], dict]:  # by file and place
     "A doctor's findings about images that it opened."
     try:
         listed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

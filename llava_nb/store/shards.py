@@ -30,10 +30,10 @@ from .cache import cache_folder, content_hash, make_durable, sha256_of, write_wh
 
 # %% ../../nbs/store/09_shards.ipynb #f7e5f994
 def write_shards(
-    members: Iterator[tuple[str, bytes]], # names and contents; what belongs together is consecutive
+    members: Iterator[tuple[str, bytes]],  # names and contents; what belongs together is consecutive
     folder: str | Path,
-    each: int = 1000, # members of a shard
-) -> list[Path]: # the shards
+    each: int = 1000,  # members of a shard
+) -> list[Path]:  # the shards
     "Write plain tar shards."
     Path(folder).mkdir(parents=True, exist_ok=True)
     written, members = [], iter(members)
@@ -48,27 +48,35 @@ def write_shards(
 
 # %% ../../nbs/store/09_shards.ipynb #50ef2dd2
 def is_shards(
-    path: str | Path, # a folder or a URL
+    path: str | Path,  # a folder or a URL
 ) -> bool:
     "Whether this is a place of tar shards: a URL, or a folder of nothing but them and their lists."
-    if "://" in str(path): return True
-    if not Path(path).is_dir(): return False
+    if "://" in str(path):
+        return True
+    if not Path(path).is_dir():
+        return False
     kinds = set()
     with os.scandir(path) as found:
-        for entry in found:      # an image folder is left at its first image
+        for entry in found:  # an image folder is left at its first image
             kinds.add(Path(entry.name).suffix)
-            if not kinds <= {".tar", ".json", ".txt", ".idx"} or not entry.is_file(): return False
+            if not kinds <= {".tar", ".json", ".txt", ".idx"} or not entry.is_file():
+                return False
     return ".tar" in kinds
 
+
 def _shard_paths(root: str) -> tuple[fsspec.AbstractFileSystem, list[str]]:
-    try: files, path = fsspec.core.url_to_fs(root)
-    except (ImportError, ValueError) as e: raise ValueError(f"{root}: {e}") from None
+    try:
+        files, path = fsspec.core.url_to_fs(root)
+    except (ImportError, ValueError) as e:
+        raise ValueError(f"{root}: {e}") from None
     found = sorted(files.glob(f"{path.rstrip('/')}/*.tar"))
-    if not found: raise FileNotFoundError(f"{root}: no .tar shard here")
+    if not found:
+        raise FileNotFoundError(f"{root}: no .tar shard here")
     return files, found
 
 # %% ../../nbs/store/09_shards.ipynb #39d81d19
-READ = 1 << 16       # bytes that one read of a remote header fetches
+READ = 1 << 16  # bytes that one read of a remote header fetches
+
 
 def _members(files: fsspec.AbstractFileSystem, shard: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     "The regular members of one shard."
@@ -78,7 +86,8 @@ def _members(files: fsspec.AbstractFileSystem, shard: str) -> Iterator[tuple[tar
             for member in tar:
                 if member.offset_data + member.size > size:
                     raise ValueError(f"{shard}: {member.name} ends after the shard does; was the copy cut off?")
-                if member.isreg(): yield tar, member
+                if member.isreg():
+                    yield tar, member
     except (tarfile.TarError, EOFError) as e:
         remedy = "single members of a compressed one cannot be read, unpack it to .tar"
         raise ValueError(f"{shard}: not a plain tar ({e}); {remedy}") from None
@@ -86,10 +95,11 @@ def _members(files: fsspec.AbstractFileSystem, shard: str) -> Iterator[tuple[tar
 # %% ../../nbs/store/09_shards.ipynb #876ab84d
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
+
 def _scan(
     files: fsspec.AbstractFileSystem,
     shard: str,
-) -> tuple[list[tuple], list[dict]]: # (name, offset, size) of its members; its records
+) -> tuple[list[tuple], list[dict]]:  # (name, offset, size) of its members; its records
     "Read one shard's headers, and its records."
     members, records, beside, short = [], {}, {}, shard.rsplit("/", 1)[-1]
     for tar, member in _members(files, shard):
@@ -98,42 +108,54 @@ def _scan(
         members.append((os.fsencode(member.name), member.offset_data, member.size))
         if dot + suffix.lower() == ".json":
             records[folder, key] = _record(tar.extractfile(member).read(), shard, member.name)
-        elif f".{suffix.lower()}" in IMAGES: beside[folder, key] = f"{short}/{member.name}"
+        elif f".{suffix.lower()}" in IMAGES:
+            beside[folder, key] = f"{short}/{member.name}"
     for key, record in records.items():
-        if not isinstance(record, dict): continue
+        if not isinstance(record, dict):
+            continue
         record.setdefault("id", "/".join((short, *filter(None, key))))
-        if key in beside: record["image"] = beside[key]
+        if key in beside:
+            record["image"] = beside[key]
     return members, list(records.values())
 
+
 def _record(text: bytes, shard: str, name: str):
-    try: return json.loads(text)
-    except ValueError as e: raise ValueError(f"{shard}: {name} is not JSON ({e})") from None
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{shard}: {name} is not JSON ({e})") from None
 
 # %% ../../nbs/store/09_shards.ipynb #f4243f3b
 _FILES = ("index.arrow", "records.jsonl")
-INDEX = pa.schema([
-    ("hash", pa.uint64()), ("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64()), ("name", pa.binary())])
+INDEX = pa.schema(
+    [("hash", pa.uint64()), ("shard", pa.int32()), ("offset", pa.int64()), ("size", pa.int64()), ("name", pa.binary())]
+)
+
 
 def index(
-    root: str, # a folder, or a URL
+    root: str,  # a folder, or a URL
     cache: Path,
-) -> Path: # holds index.arrow, records.jsonl and, last, shards.json
+) -> Path:  # holds index.arrow, records.jsonl and, last, shards.json
     "Index shards, or find the index that is there. One process of a machine does it, the others wait for it."
     files, found = _shard_paths(root)
     stamps = "\0".join(f"{p} {files.size(p)} {files.ukey(p)}" for p in found)
     folder = cache / f"shards-{hashlib.sha256(stamps.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not _is_complete(folder): _write_index(files, found, folder)
+        if not _is_complete(folder):
+            _write_index(files, found, folder)
     return folder
+
 
 def _is_complete(folder: Path) -> bool:
     "Whether an index's files are those that were written."
     try:
         sums = json.loads((folder / "shards.json").read_text())["sums"]
         return all(sums[name] == content_hash(folder / name, folder.parent) for name in _FILES)
-    except (OSError, ValueError, LookupError, TypeError): return False
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
+# %% ../../nbs/store/09_shards.ipynb #088863f9
 def _write_index(files: fsspec.AbstractFileSystem, found: list[str], folder: Path) -> None:
     rows = []
     with ThreadPoolExecutor(16) as pool, (folder / "records.jsonl").open("w") as out:
@@ -141,26 +163,31 @@ def _write_index(files: fsspec.AbstractFileSystem, found: list[str], folder: Pat
             rows += [(_hash(name), number, offset, size, name) for name, offset, size in members]
             out.writelines(json.dumps(r) + "\n" for r in records)
     table = pa.table(list(map(list, zip(*rows))) or [[]] * len(INDEX), schema=INDEX).sort_by("hash").combine_chunks()
-    with pa.ipc.new_file(str(folder / "index.new"), INDEX) as f: f.write_table(table)
-    os.replace(folder / "index.new", folder / "index.arrow")         # another process may have mapped the old one
+    with pa.ipc.new_file(str(folder / "index.new"), INDEX) as f:
+        f.write_table(table)
+    os.replace(folder / "index.new", folder / "index.arrow")  # another process may have mapped the old one
     made = [folder / name for name in _FILES]
     make_durable(*made, folder)
     sums = {path.name: sha256_of(path) for path in made}
-    write_whole(folder / "shards.json", json.dumps({"shards": found, "sums": sums}))      # last
+    write_whole(folder / "shards.json", json.dumps({"shards": found, "sums": sums}))  # last
 
-def _hash(name: bytes) -> int: return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+def _hash(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 # %% ../../nbs/store/09_shards.ipynb #b9d2c0da
 class ShardIndex:
     "Where each member of the shards is."
-    def __init__(self, folder: Path): # from `index`
+
+    def __init__(self, folder: Path):  # from `index`
         self.shards = json.loads((folder / "shards.json").read_text())["shards"]
         self.table = pa.ipc.open_file(pa.memory_map(str(folder / "index.arrow"))).read_all()
-        self.hashes = self.table["hash"].to_numpy()      # mapped, not read
+        self.hashes = self.table["hash"].to_numpy()  # mapped, not read
 
-    def find(self,
-        image: str, # a member's name, or SHARD.tar/NAME
-    ) -> list[tuple[str, int, int]]: # shard, offset and size of each that has this name
+    def find(
+        self,
+        image: str,  # a member's name, or SHARD.tar/NAME
+    ) -> list[tuple[str, int, int]]:  # shard, offset and size of each that has this name
         "The members of a name."
         head, _, rest = image.partition("/")
         end, name = (f"/{head}", rest) if head.endswith(".tar") else ("", image)
@@ -171,7 +198,8 @@ class ShardIndex:
         found = [(self.shards[row["shard"]], row["offset"], row["size"]) for row in rows]
         return [place for place in found if place[0].endswith(end)]
 
-    def unique(self,
+    def unique(
+        self,
         images: list[str],
     ) -> set[str]:
         "Those that are the name of exactly one member."
@@ -183,26 +211,36 @@ class ShardIndex:
         rows = zip(images, asked.to_pylist(), known)
         return {image for image, name, is_there in rows if is_there and name not in twice}
 
+# %% ../../nbs/store/09_shards.ipynb #648c18a9
 def _bytes(name: str) -> bytes:
     "A name as a tar file holds it; a name that none can hold is found nowhere."
-    try: return name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError: return name.encode("utf-8", "surrogatepass")
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
 
 # %% ../../nbs/store/09_shards.ipynb #2b4da58b
 class Shards:
     "Images of tar shards, each read by its position."
-    def __init__(self,
-        root: str | Path, # a folder, or a URL that fsspec knows
-        cache: str | Path | None = None, # where the index is kept; None: with the converted records
+
+    def __init__(
+        self,
+        root: str | Path,  # a folder, or a URL that fsspec knows
+        cache: str | Path | None = None,  # where the index is kept; None: with the converted records
     ):
         self._open(str(root), index(str(root), Path(cache or cache_folder())))
 
     def _open(self, root: str, folder: Path) -> None:
         self.root, self.folder, self.index = root, folder, ShardIndex(folder)
 
-    def __reduce__(self): return _reopen, (self.root, self.folder)
-    def __len__(self) -> int: return len(self.index.table)
-    def __str__(self) -> str: return self.root
+    def __reduce__(self):
+        return _reopen, (self.root, self.folder)
+
+    def __len__(self) -> int:
+        return len(self.index.table)
+
+    def __str__(self) -> str:
+        return self.root
 
     @property
     def records(self) -> Path | None:
@@ -210,42 +248,53 @@ class Shards:
         path = self.folder / "records.jsonl"
         return path if path.stat().st_size else None
 
-    def find(self,
-        image: str, # a member's name, or SHARD.tar/NAME
-    ) -> tuple[str, int, int]: # shard, offset, size
+    def find(
+        self,
+        image: str,  # a member's name, or SHARD.tar/NAME
+    ) -> tuple[str, int, int]:  # shard, offset, size
         "Where an image is."
         found = self.index.find(image)
-        if len(found) == 1: return found[0]
+        if len(found) == 1:
+            return found[0]
         if not found:
             what = f"{shown(image)} is in no shard of {self.root}"
             raise BadRecord("missing", what, "add it, or leave the record out", "image")
         what, name = f"{shown(image)} is in {len(found)} shards of {self.root}", image.rpartition(".tar/")[2]
         raise BadRecord("path", what, f"write SHARD.tar/{printable(name, 80)}", "image")
 
-    def open(self,
-        image: str, # see `find`
-    ) -> io.BytesIO: # the image's file
+    def open(
+        self,
+        image: str,  # see `find`
+    ) -> io.BytesIO:  # the image's file
         "Fetch one image."
         shard, offset, size = self.find(image)
-        if size > MAX_BYTES:      # before it is in memory
+        if size > MAX_BYTES:  # before it is in memory
             raise TooLarge(f"it has {size:,} bytes; at most {MAX_BYTES:,} are read, scale it down first")
-        files, _ = fsspec.core.url_to_fs(self.root)      # fsspec keeps one for each process
+        files, _ = fsspec.core.url_to_fs(self.root)  # fsspec keeps one for each process
         return io.BytesIO(files.cat_file(shard, start=offset, end=offset + size))
 
-    def read(self, image: str) -> bytes: return self.open(image).getvalue()
-    def stamp(self, image: str) -> str: return f"{self.folder.name} {self.find(image)}"      # its name: of the shards
+    def read(self, image: str) -> bytes:
+        return self.open(image).getvalue()
 
-    def problems(self,
+    def stamp(self, image: str) -> str:
+        return f"{self.folder.name} {self.find(image)}"  # its name: of the shards
+
+    def problems(
+        self,
         images: list[str],
-    ) -> dict[str, BadRecord]: # by path
+    ) -> dict[str, BadRecord]:  # by path
         "The paths that name no image."
         good, wrong = self.index.unique(images), {}
         for image in images:
-            if image in good: continue
-            try: self.find(image)
-            except BadRecord as e: wrong[image] = e
+            if image in good:
+                continue
+            try:
+                self.find(image)
+            except BadRecord as e:
+                wrong[image] = e
         return wrong
 
+# %% ../../nbs/store/09_shards.ipynb #c16d4c70
 def _reopen(root: str, folder: Path) -> Shards:
     "The same shards in another process, which does not look at them and copies no index."
     new = Shards.__new__(Shards)

@@ -28,48 +28,63 @@ from .shards import Shards, write_shards
 
 # %% ../../nbs/store/10_unpacked.ipynb #df679d39
 def holds_images(
-    file: Path, # of records
+    file: Path,  # of records
 ) -> bool:
     "Whether this is a Parquet file whose column `image` may hold bytes."
     with file.open("rb") as f:
-        if f.read(4) != b"PAR1": return False
-    try: kinds = parquet.read_schema(file)
-    except (pa.ArrowException, OSError): return False       # whoever reads the records says what is wrong
+        if f.read(4) != b"PAR1":
+            return False
+    try:
+        kinds = parquet.read_schema(file)
+    except (pa.ArrowException, OSError):
+        return False  # whoever reads the records says what is wrong
     return "image" in kinds.names and holds_binary(kinds.field("image").type)
 
+
 def unpack(
-    found: Sequence[Path], # files of records
+    found: Sequence[Path],  # files of records
     cache: Path,
-) -> Path | None: # a folder of shards; None: these files hold no image
+) -> Path | None:  # a folder of shards; None: these files hold no image
     "Unpack the images of Parquet files, or find them unpacked."
     found = [file for file in found if holds_images(file)]
-    if not found: return None
+    if not found:
+        return None
     contents = " ".join(content_hash(file, cache) for file in found)
     folder = cache / f"images-{found[0].stem:.40}-{hashlib.sha256(contents.encode()).hexdigest()[:16]}"
     if _complete_shards(folder) is None:
-        with alone(folder):       # meanwhile another process may have done it
-            if _complete_shards(folder) is None: _write(found, folder)
+        with alone(folder):  # meanwhile another process may have done it
+            if _complete_shards(folder) is None:
+                _write(found, folder)
     return folder if _complete_shards(folder) else None
 
-def _complete_shards(folder: Path) -> dict[str, int] | None: # bytes of each shard; None: not complete
-    try: listed = json.loads((folder / "unpacked.json").read_text())
-    except (OSError, ValueError): return None
+
+def _complete_shards(folder: Path) -> dict[str, int] | None:  # bytes of each shard; None: not complete
+    try:
+        listed = json.loads((folder / "unpacked.json").read_text())
+    except (OSError, ValueError):
+        return None
     there = {path.name: path.stat().st_size for path in folder.glob("*.tar")}
     return listed if listed == there else None
 
 # %% ../../nbs/store/10_unpacked.ipynb #c7b5cec8
-EACH = 10_000       # images of a shard
+EACH = 10_000  # images of a shard
+
 
 def _write(found: list[Path], folder: Path) -> None:
-    for left in (folder / "unpacked.json", *folder.glob("*.tar")): left.unlink(missing_ok=True)
+    for left in (folder / "unpacked.json", *folder.glob("*.tar")):
+        left.unlink(missing_ok=True)
     need, free = sum(map(_size, found)), shutil.disk_usage(folder).free
     full = f"{folder}: no room to unpack the images of {found[0]}"
     elsewhere = "name another place with --records_cache"
-    if need > free: raise OSError(f"{full}: {need:,} bytes are needed and {free:,} are free; {elsewhere}")
-    try: written = write_shards(_images(found, need), folder, EACH)
-    except OSError as e: raise OSError(f"{full} ({e.strerror or e}); {elsewhere}") from None
+    if need > free:
+        raise OSError(f"{full}: {need:,} bytes are needed and {free:,} are free; {elsewhere}")
+    try:
+        written = write_shards(_images(found, need), folder, EACH)
+    except OSError as e:
+        raise OSError(f"{full} ({e.strerror or e}); {elsewhere}") from None
     make_durable(*written)
     write_whole(folder / "unpacked.json", json.dumps({path.name: path.stat().st_size for path in written}))
+
 
 def _size(file: Path) -> int:
     "Bytes of the column `image`, decompressed, as the file's metadata has them."
@@ -77,30 +92,37 @@ def _size(file: Path) -> int:
     columns = [found.row_group(g).column(c) for g in range(found.num_row_groups) for c in range(found.num_columns)]
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == "image")
 
+
 def _images(found: list[Path], total: int) -> Iterator[tuple[str, bytes]]:
     "Name and bytes of each image, once."
     seen = set()
     with tqdm(total=total, unit="B", unit_scale=True, desc="unpacking images", disable=total <= SMALL) as bar:
         for row in (row for file in found for row in parquet_values(file, ["image"])):
-            if not isinstance(content := image_held(row["image"]), bytes): continue
+            if not isinstance(content := image_held(row["image"]), bytes):
+                continue
             bar.update(len(content))
-            if (name := held_name(content)) not in seen: yield name, content
+            if (name := held_name(content)) not in seen:
+                yield name, content
             seen.add(name)
 
 # %% ../../nbs/store/10_unpacked.ipynb #f6a64df2
-_HELD = re.compile("parquet/[0-9a-f]{64}")      # a name by `held_name`
+_HELD = re.compile("parquet/[0-9a-f]{64}")  # a name by `held_name`
 
+# %% ../../nbs/store/10_unpacked.ipynb #ab6f78b3
 class Unpacked:
     "Images that Parquet files hold, and beside them those that have a path."
-    def __init__(self,
-        shards: Shards, # of the unpacked images
-        other: Folder | Shards | None = None, # where paths lead
+
+    def __init__(
+        self,
+        shards: Shards,  # of the unpacked images
+        other: Folder | Shards | None = None,  # where paths lead
     ):
         self.shards, self.other = shards, other
 
-    def __str__(self) -> str: return f"{self.other or self.shards}"
+    def __str__(self) -> str:
+        return f"{self.other or self.shards}"
 
-    def problems(self, images: Sequence[str]) -> dict[str, BadRecord]: # by path
+    def problems(self, images: Sequence[str]) -> dict[str, BadRecord]:  # by path
         held, paths = [i for i in images if _HELD.fullmatch(i)], [i for i in images if not _HELD.fullmatch(i)]
         of_paths = self.other.problems(paths) if self.other else picture_problems(paths, None)
         return self.shards.problems(held) | of_paths
@@ -108,18 +130,22 @@ class Unpacked:
     def open(self, image: str) -> Path | io.BytesIO:
         return io.BytesIO(self.read(image)) if _HELD.fullmatch(image) else self.other.open(image)
 
-    def stamp(self, image: str) -> str: return image if _HELD.fullmatch(image) else self.other.stamp(image)
+    def stamp(self, image: str) -> str:
+        return image if _HELD.fullmatch(image) else self.other.stamp(image)
 
     def read(self, image: str) -> bytes:
-        if not _HELD.fullmatch(image): return self.other.read(image)
+        if not _HELD.fullmatch(image):
+            return self.other.read(image)
         content = self.shards.read(image)
-        if held_name(content) == image: return content
+        if held_name(content) == image:
+            return content
         raise OSError(f"{shown(image)} is not what was unpacked; remove {self.shards}, and it is unpacked again")
 
+# %% ../../nbs/store/10_unpacked.ipynb #6cc0ec40
 def with_unpacked(
-    found: Sequence[Path], # files of records
-    other: Folder | Shards | None, # where paths lead
-    cache: str | Path | None = None, # None: `cache_folder`
+    found: Sequence[Path],  # files of records
+    other: Folder | Shards | None,  # where paths lead
+    cache: str | Path | None = None,  # None: `cache_folder`
 ) -> Folder | Shards | Unpacked | None:
     "Where the images of these files come from."
     cache = Path(cache or cache_folder())
