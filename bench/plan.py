@@ -23,7 +23,7 @@ from llava_nb.fast.meter import RowCost
 from llava_nb.packing import RowBalancer, balance_rows, rows_of_step
 from llava_nb.sampler import Plan, cut, waste
 
-COST = RowCost(attention=2.0e-5, image=9)  # LLaVA-1.5-7B, see nbs/fast/05_meter.ipynb
+COST = RowCost(attention=2.0e-5, image=9)  # LLaVA-1.5-7B, see nbs/fast/07_meter.ipynb
 
 SYSTEM, ROLES, IMAGE = 35, 9, 575  # system prompt; role words and EOS a turn; 576 features for one marker
 MAX_LENGTH = 2048
