@@ -97,16 +97,8 @@ def prepare(
 
 # %% ../nbs/run/13_train.ipynb #015ff2d5
 def _trainer_of(parts: assemble.Parts, args: ReliableTrainingArguments, c: checks.Checked, dog: TrainingWatchdog):
-    trainer = ReliableTrainer(
-        parts.model,
-        args,
-        parts.dataset,
-        parts.tokenizer,
-        parts.image_processor,
-        parts.eval_dataset,
-        watch=dog,
-        hold=c.hold,
-    )
+    data = (parts.dataset, parts.tokenizer, parts.image_processor, parts.eval_dataset)
+    trainer = ReliableTrainer(parts.model, args, *data, watch=dog, hold=c.hold)
     messages.use_loss_line(trainer)
     trainer.add_callback(LossAlarm())
     ranks.assert_same(zero.from_all_ranks(ranks.fingerprint(trainer)), "give every rank the same files and settings")

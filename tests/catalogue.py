@@ -44,7 +44,7 @@ CATALOGUE: dict[int, Fault] = {
     8: tested("nesting, huge numbers", FILE, RECORD),
     9: tested(
         "file larger than memory",
-        "test_store::test_a_list_read_through_any_window_is_the_list",
+        "test_store::test_both_readers_give_the_records_of_a_list",
         "test_store::test_another_process_gets_a_path_and_not_the_records",
     ),
     10: tested("duplicate ids", RECORD),
@@ -450,7 +450,7 @@ CATALOGUE: dict[int, Fault] = {
     159: tested(
         "zeros, archives, a record without an end",
         FILE,
-        "test_store::test_a_file_without_an_end_of_a_record_is_refused_after_some_megabytes",
+        "test_store::test_a_file_without_an_end_of_a_record_is_refused_in_bounded_memory",
     ),
     160: tested("an image under another key, in a turn, several", RECORD),
     161: tested("videos and sounds", RECORD),

@@ -440,7 +440,8 @@ def test_other_words_of_the_same_length_in_the_records_are_refused(world, whole,
 
 
 def test_other_code_is_refused_and_allowed_by_the_flag(world, whole, capsys, monkeypatch):
-    from llava_nb import train, trainer
+    from llava_nb import train
+    from llava_nb.safe import provenance
 
     file, settings = config(
         world,
@@ -451,9 +452,9 @@ def test_other_code_is_refused_and_allowed_by_the_flag(world, whole, capsys, mon
         threads=1,
         resume=str(world / "whole" / "checkpoint-18"),
     )
-    now = trainer.code_version()
+    now = provenance.code_version()
     assert all(f"{name} " in now for name in ("llava_nb", "torch", "transformers", "deepspeed"))
-    monkeypatch.setattr(trainer, "code_version", lambda: now.replace("torch", "torch 9"))
+    monkeypatch.setattr(provenance, "code_version", lambda: now.replace("torch", "torch 9"))
     assert train.main([str(file)]) == 4
     assert f"code: {now} then" in capsys.readouterr().err
     assert (

@@ -433,7 +433,7 @@ for _ in range(24):
 )
 def test_odd_names_of_tensors_are_one_line(tmp_path, name, capfd):
     torch.save({name: torch.ones(1)}, tmp_path / "a.bin")
-    assert convert.main([str(tmp_path / "a.bin"), str(tmp_path / "to")]) == 2
+    assert train.main(["convert", str(tmp_path / "a.bin"), str(tmp_path / "to")]) == 2
     said = capfd.readouterr().err
     assert (
         said.count("\n") == 1

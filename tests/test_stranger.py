@@ -190,8 +190,8 @@ def test_pictures_as_people_hand_them_over(tmp_path):
     for wrong, said in (
         ([data, data], "2 images were given"),
         ([], "0 images"),
-        ("https://x.org/a.png", "no image is fetched"),
-        ("file:///a.png", "no image is fetched"),
+        ("https://x.org/a.png", "no image is downloaded"),
+        ("file:///a.png", "no image is downloaded"),
         (torch.zeros(3, 9, 9), "a Tensor is no image"),
         (np.zeros((3, 9, 9), np.uint8), "no image"),
         (np.zeros((9, 9)), "float64"),
