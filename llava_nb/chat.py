@@ -28,6 +28,7 @@ from .base.image_files import MAX_BYTES, Refused, check_size
 from .imageproc import ImageTransform
 from .llava import load_llava
 from .masking import Encoded
+from .base.texts import forbidden_character, media_marks
 from .base.terminal import shown
 from .vision import image_processor_for
 
@@ -144,6 +145,10 @@ def human_turn(text: str, has_image: bool) -> dict[str, str]:
         )
     if not (text.strip() or has_image):
         raise ValueError("the question is empty: ask something, or show an image")
+    if bad := forbidden_character(text):
+        raise ValueError(f"the question holds {bad}, which no text may: remove it")
+    if other := [mark for mark in media_marks(text) if mark != IMAGE_TOKEN]:
+        raise ValueError(f"the question holds {shown(other[0])}, which the model would read as text: leave it out")
     asked = {"from": "human", "value": f"{IMAGE_TOKEN}\n{text}" if has_image and not count else text}
     record = {"conversations": [asked, {"from": "gpt", "value": "an answer"}]}
     return normalise(record | {"image": "given"} if has_image else record)[0]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LlavaTrainingArguments', 'PlanSampler', 'WeightedDataset', 'collate_rows', 'loading', 'plan_sampler', 'several_rows',
-           'LlavaTrainer']
+           'LlavaTrainer', 'on_device']
 
 # %% ../nbs/13_trainer.ipynb #f2e2485e
 import copy
@@ -259,24 +259,13 @@ class LlavaTrainer(Trainer):
         set_recompute(model, args.recompute)
         if args.deepspeed:
             _configure_engine(args, model, self.plan_sampler)
-        super().__init__(
-            model=model,
-            args=_one_batch_a_step(args),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=PackedCollator(shape),
-            processing_class=tokenizer,
-            callbacks=[_EpochOf(self.plan_sampler), *(callbacks or [])],
-        )
+        own = dict(processing_class=tokenizer, callbacks=[_EpochOf(self.plan_sampler), *(callbacks or [])])
+        super().__init__(model, _one_batch_a_step(args), PackedCollator(shape), train_dataset, eval_dataset, **own)
 
     def get_train_dataloader(self) -> DataLoader:  # of whole steps
         "This rank's share of the plan; nothing is left for accelerate to shard."
-        return DataLoader(
-            WeightedDataset(self.train_dataset),
-            batch_sampler=self.plan_sampler,
-            collate_fn=partial(collate_rows, self.data_collator),
-            **loading(self.args),
-        )
+        data, collate = WeightedDataset(self.train_dataset), partial(collate_rows, self.data_collator)
+        return DataLoader(data, batch_sampler=self.plan_sampler, collate_fn=collate, **loading(self.args))
 
     def get_total_train_batch_size(self, args) -> int:
         return self.plan_sampler.plan.global_batch_size
@@ -295,19 +284,12 @@ class LlavaTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         for left, row in zip(reversed(range(len(inputs))), inputs):
             with accumulating(self.accelerator, model, last=not left):
-                loss = self.compute_loss(model, self.on_device(row))
+                loss = self.compute_loss(model, on_device(row, self))
                 self.accelerator.backward(loss)
             total += loss.detach()
             if left:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total
-
-    def on_device(self, row: dict) -> dict:
-        "A packed row on this rank's device. An engine's pixels have its weights' type; loss weights stay float32."
-        placed = {name: value.to(self.args.device) if torch.is_tensor(value) else value for name, value in row.items()}
-        if self.is_deepspeed_enabled:
-            placed["pixel_values"] = placed["pixel_values"].to(self.model.dtype)
-        return placed
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         "This rank's part of the step's weighted loss, scaled for the engines' mean over ranks."
@@ -320,11 +302,9 @@ class LlavaTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         "Stage 1: the projector. Stage 2: the whole model, gathered where ZeRO-3 has partitioned it."
-        whole = self.args.stage == 2 and self.is_deepspeed_enabled
-        if self.args.stage == 1:
-            state = projector_state(self.model)
-        else:
-            state = self.accelerator.get_state_dict(self.deepspeed) if whole else None
+        state = projector_state(self.model) if self.args.stage == 1 else None
+        if self.args.stage == 2 and self.is_deepspeed_enabled:
+            state = self.accelerator.get_state_dict(self.deepspeed)
         if self.args.should_save:
             self.write(output_dir or self.args.output_dir, state)
 
@@ -338,6 +318,17 @@ class LlavaTrainer(Trainer):
         written("processor")
 
 # %% ../nbs/13_trainer.ipynb #3db5bdda
+def on_device(
+    row: dict,  # from `PackedCollator`
+    trainer: LlavaTrainer,
+) -> dict:
+    "A packed row on this rank's device. An engine's pixels have its weights' type; loss weights stay float32."
+    device, pixels = trainer.args.device, row["pixel_values"]
+    placed = {name: value.to(device) if torch.is_tensor(value) else value for name, value in row.items()}
+    kind = trainer.model.dtype if trainer.is_deepspeed_enabled else pixels.dtype
+    return placed | {"pixel_values": placed["pixel_values"].to(kind)}
+
+
 def _one_batch_a_step(args: LlavaTrainingArguments) -> LlavaTrainingArguments:
     "A copy for transformers, whose loop takes one item of the loader a step."
     seen = copy.copy(args)

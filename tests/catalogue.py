@@ -362,7 +362,7 @@ CATALOGUE: dict[int, Fault] = {
     ),
     133: untested(
         "machine not fit: GPU, driver, port, disk",
-        "A broken card or driver cannot be brought about here. Each rank prints its device, free memory, free disk and versions before the model is read, other versions on another rank are refused (27_watch), room on the disk is 114, a port that is taken cannot meet a launcher that asks the system for a free one.",
+        "A broken card or driver cannot be brought about here. Each rank prints its device, free memory, free disk and versions before the model is read, other versions on another rank are refused (safe/12_ranks), room on the disk is 114, a port that is taken cannot meet a launcher that asks the system for a free one.",
     ),
     134: tested("loss runs away", "test_watchdog::test_a_loss_that_jumps_raises_an_alarm_once_and_changes_nothing"),
     # notebook, chat

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEHIND = ("store", "safe", "run", "demo", "train.py")
 
 PROGRAM = """
-import json, sys
+import importlib, json, sys
 from pathlib import Path
 import torch
 from PIL import Image
@@ -27,6 +27,8 @@ from llava_nb.trainer import LlavaTrainer, LlavaTrainingArguments
 
 here = Path(sys.argv[1])
 assert Path(llava_nb.__file__).is_relative_to(here)
+for module in (here / "llava_nb").glob("[a-z]*.py"):
+    importlib.import_module(f"llava_nb.{module.stem}")
 turn = lambda who, text: {"from": who, "value": text}
 for name in ("red", "blue"): Image.new("RGB", (40, 30), name).save(here / f"{name}.png")
 asked = [{"id": str(k), "image": f"{name}.png", "conversations": [turn("human", "<image>\\nColour?"), turn("gpt", f"{name}.")]}

@@ -1,8 +1,5 @@
 """The book's Trainer makes the steps of a bare loop, however they are cut, and runs without the layers behind it."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +17,7 @@ from llava_nb.objective import row_loss, token_weights
 from llava_nb.optim import parameter_groups
 from llava_nb.packing import collate_packed
 from llava_nb.safe.reliable_trainer import ReliableTrainer
-from llava_nb.trainer import LlavaTrainer, LlavaTrainingArguments
+from llava_nb.trainer import LlavaTrainer, LlavaTrainingArguments, on_device
 
 STEPS = 8
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +134,7 @@ def test_transformers_counts_one_batch_a_step_and_divides_nothing(world, tmp_pat
     loss = trainer.training_step(trainer.model_wrapped, rows)
     found = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     trainer.model.zero_grad()
-    parts = [trainer.compute_loss(trainer.model, trainer.on_device(row)) for row in rows]
+    parts = [trainer.compute_loss(trainer.model, on_device(row, trainer)) for row in rows]
     sum(parts).backward()
     assert len(rows) == 2 and loss.item() == pytest.approx(sum(parts).item(), rel=1e-6)
     for name, p in trainer.model.named_parameters():
@@ -167,7 +164,7 @@ def test_loss_weights_stay_float32_where_pixels_do_not(world, tmp_path):
     trainer = trainer_for(world, arguments(tmp_path))
     trainer.model.to(torch.bfloat16)
     trainer.is_deepspeed_enabled = True
-    row = trainer.on_device(next(iter(trainer.get_train_dataloader()))[0])
+    row = on_device(next(iter(trainer.get_train_dataloader()))[0], trainer)
     assert (
         row["loss_weights"].dtype == torch.float32
         and row["pixel_values"].dtype == torch.bfloat16
@@ -219,58 +216,3 @@ def test_few_private_methods_of_transformers_are_overridden():
         "_load_rng_state",
         "_run_epoch",
     }
-
-
-ALONE = """
-import sys
-from importlib.machinery import PathFinder
-GONE = ("llava_nb.store", "llava_nb.safe", "llava_nb.run", "llava_nb.demo")
-class Without(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.startswith(GONE) else super().find_spec(name, path, target)
-sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-import importlib, json
-for name in json.loads(sys.argv[1]): importlib.import_module(f"llava_nb.{name}")
-from PIL import Image
-from pathlib import Path
-from transformers import CLIPImageProcessorPil
-from llava_nb.conversation import get_template
-from llava_nb.dataset import LlavaDataset
-from llava_nb.imageproc import ImageTransform
-from llava_nb.llava import freeze, load_llava, tiny_llava
-from llava_nb.masking import Encoder, tiny_tokenizer
-from llava_nb.trainer import LlavaTrainer, LlavaTrainingArguments
-out, tokenizer = Path(sys.argv[2]), tiny_tokenizer()
-model = tiny_llava(tokenizer)
-freeze(model, 2)
-model.config.llava_nb |= {"template": "v1", "image_aspect_ratio": "pad"}
-Image.new("RGB", (60, 40), "teal").save(out / "a.png")
-records = [{"image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": "Teal."}]}] * 8
-processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
-encoder = Encoder(tokenizer, model.config.image_token_id, model.config.image_seq_length, max_length=128)
-dataset = LlavaDataset(records, get_template("v1"), encoder, ImageTransform(processor, "pad"), out)
-args = LlavaTrainingArguments(output_dir=str(out / "run"), per_device_train_batch_size=4, max_steps=6, learning_rate=4e-3, report_to="none", disable_tqdm=True)
-trainer = LlavaTrainer(model, args, dataset, tokenizer, processor)
-trainer.train()
-trainer.save_model()
-losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-load_llava(out / "run")
-print("losses", json.dumps([losses[0], losses[-1], sorted(m for m in sys.modules if m.startswith(GONE))]))
-"""
-
-
-def test_the_book_trains_without_the_layers_behind_it(tmp_path):
-    book = sorted(p.stem for p in (ROOT / "llava_nb").glob("*.py") if p.stem not in ("__init__", "_modidx", "train"))
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, json.dumps(book), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, last, loaded = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith("losses")).removeprefix("losses")
-    )
-    assert last < first and not loaded

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from ..fast.zero import from_all_ranks
 from .integrity import verify_checkpoint
 from .storage import NoCheckpoint
-from ..trainer import LlavaTrainer, WeightedDataset, collate_rows, loading
+from ..trainer import LlavaTrainer, WeightedDataset, collate_rows, loading, on_device
 
 # %% ../../nbs/safe/18_evaluation.ipynb #5415093f
 class EvaluationSampler(Sampler):
@@ -71,7 +71,7 @@ def _summed_losses(trainer: LlavaTrainer, data: Dataset) -> float:  # over this 
     model.eval()
     for (row,) in loader:
         with torch.no_grad():
-            total += float(trainer.compute_loss(model, trainer.on_device(row)))
+            total += float(trainer.compute_loss(model, on_device(row, trainer)))
         trainer.control = trainer.callback_handler.on_prediction_step(args, trainer.state, trainer.control)
     return total
 

@@ -11,6 +11,7 @@ import torch
 
 from ..dataset import record_id
 from ..fast.engine import backward_without_step
+from ..trainer import on_device
 
 # %% ../../nbs/safe/11_preflight.ipynb #8b1785c2
 def describe_row(
@@ -74,7 +75,7 @@ def preflight(
     model.train()
     with torch.random.fork_rng():
         row = trainer.data_collator([s | {"weight": 1.0} for s in samples])
-        loss = trainer.compute_loss(model, trainer.on_device(row))
+        loss = trainer.compute_loss(model, on_device(row, trainer))
         if trainer.is_deepspeed_enabled:
             backward_without_step(model, loss)
         else:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..base.terminal import printable, shown
+from ..base.texts import forbidden_character, media_marks
 from ..conversation import IMAGE_TOKEN, ROLES, SYSTEM, BadRecord, image_of, normalise
 
 # %% ../../nbs/store/03_record_checks.ipynb #c0e4d5f6
@@ -82,9 +83,6 @@ def _no_turn(turn: Any) -> tuple[str, str]:  # what is wrong, and the remedy
     return f"a turn without {lacks}, of the keys {shown([*turn][:12])}", _SHAPE
 
 # %% ../../nbs/store/03_record_checks.ipynb #a69975b3
-_FORBIDDEN = re.compile("[\x00\ud800-\udfff\ufdd0-\ufdef]")  # NUL, half of a surrogate pair, noncharacters
-
-
 def _check_shape(record: dict) -> list[dict]:  # its turns
     "Refuse a record that is not made of turns with a role and a text."
     if not isinstance(record, dict):
@@ -119,9 +117,8 @@ def _check_text(value: Any, field: str) -> None:
         raise BadRecord("shape", f"must be text, got {shown(value)}", f"write it as one text{parts}", field)
     if not value.strip():
         raise BadRecord("empty", "is empty", "write something or leave the question and its answer out", field)
-    if bad := _FORBIDDEN.search(value):
-        what = f"holds U+{ord(bad[0]):04X} at character {bad.start()}, which no text may"
-        raise BadRecord("text", what, "remove it", field)
+    if bad := forbidden_character(value):
+        raise BadRecord("text", f"holds {bad}, which no text may", "remove it", field)
 
 # %% ../../nbs/store/03_record_checks.ipynb #8da7964a
 _IMAGE = frozenset(
@@ -219,33 +216,6 @@ def _not_read(kind: str, value: Any, image: Any) -> tuple[str, str]:  # what is 
         return what, "did you mean `image`? Write one path there, as a text"
     return f"{lost}: one image a record is read", "make a record of each image, or remove the key"
 
-# %% ../../nbs/store/03_record_checks.ipynb #a99485a9
-_NOUN = "image|img|picture|photo|video|audio|sound|speech"
-_ALONE = rf"(?:<\|?(?:{_NOUN})\|?>|\[(?:{_NOUN})\])"
-_MARKS = re.compile(
-    rf"""(?xi)
-    (?<![\w:])<\|?(?:image|video|audio)\|?>                     # <image>, <|image|>, <Video>; not vector<Image>
-  | <\|?(?:{_NOUN})[ _-]*(?:pad|placeholder|here|token|soft_token|start|end|context|\d+)
-      (?:[ _-]*\d+)?\|?>                                        # <image_1>, <|image_pad|>
-  | <\|?(?:start|end|begin)_of_(?:{_NOUN})\|?>
-  | <\|?vision_(?:start|end|pad)\|?> | <imagehere> | <img_context> | <im_patch>
-  | <(img|image|video|audio)>[^<>\n]+</\1>                      # <img>1.png</img>
-  | (?:^|\A\s*)[ \t]*{_ALONE}(?=\s*$|\s*\Z)                     # alone on a line
-  | \A\s*{_ALONE} | (?<![\w:]){_ALONE}\s*\Z                     # first or last in a text
-""",
-    re.M,
-)
-_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.S)  # a block of Markdown, or words set as code
-
-
-def _found_marks(text: str) -> list[str]:
-    "The marks in a text that could stand for a file; code, and HTML with its closing tag, could not."
-    if "<" not in text and "[" not in text:
-        return []
-    spoken = _CODE.sub("`", text)
-    marks = [m[0].strip() for m in _MARKS.finditer(spoken)]
-    return [m for m in marks if not (m[0] + m[-1] == "<>" and "</" not in m and f"</{m[1:]}" in spoken)]
-
 # %% ../../nbs/store/03_record_checks.ipynb #23d7164b
 _REWRITE = "leave the record out, or write it in another way where it is only text"
 _PLACES = {"gpt": "an answer", SYSTEM: "a system prompt"}
@@ -255,7 +225,7 @@ def _check_marks(turns: list[dict], image: Any) -> None:
     "Refuse all but one `<image>` for an image, in a question."
     if not isinstance(image, str | None):
         raise BadRecord("shape", *_not_a_path(image), "image")
-    marks = [_found_marks(turn["value"]) for turn in turns]
+    marks = [media_marks(turn["value"]) for turn in turns]
     other = next(((k, mark) for k, own in enumerate(marks) for mark in own if mark != IMAGE_TOKEN), None)
     counts = [own.count(IMAGE_TOKEN) for own in marks]
     if image is not None:

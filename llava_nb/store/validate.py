@@ -130,6 +130,7 @@ SCHEMA = pa.schema(
 )
 BLOCK = 2048  # records of a block, fewer where they are long
 _CODE = (  # decides what becomes of a record
+    "base/texts.py",
     "conversation.py",
     "masking.py",
     "dataset.py",
